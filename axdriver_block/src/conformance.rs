@@ -1,0 +1,1 @@
+//! The contract of [`BlockDriverOps`](crate::BlockDriverOps) as code.

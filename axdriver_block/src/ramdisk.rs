@@ -1,0 +1,1 @@
+//! A disk in memory: the reference implementation, and a fake for tests.

@@ -1,0 +1,1 @@
+//! The contract of [`DisplayDriverOps`](crate::DisplayDriverOps) as code.

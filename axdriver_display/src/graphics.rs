@@ -1,0 +1,1 @@
+//! Draws on a [`Canvas`](crate::Canvas) with embedded-graphics.

@@ -1,0 +1,1 @@
+//! A display in memory: the reference implementation, and a fake for tests.

@@ -1,0 +1,1 @@
+//! The contract of [`NetDriverOps`](crate::NetDriverOps) as code.

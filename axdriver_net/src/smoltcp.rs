@@ -1,0 +1,1 @@
+//! smoltcp over any driver: [`phy::Device`](::smoltcp::phy::Device) for [`NetDriverOps`](crate::NetDriverOps).
