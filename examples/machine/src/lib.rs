@@ -3,6 +3,7 @@
 pub mod hal;
 pub mod hostile;
 pub mod memory;
+pub mod qemu;
 pub mod registers;
 pub mod trace;
 

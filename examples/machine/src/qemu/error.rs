@@ -131,9 +131,9 @@ impl fmt::Display for QemuError {
                     ImageFault::Missing => f.write_str(
                         "there is no such file; check the path, or make one with `qemu-img create`",
                     ),
-                    ImageFault::Permission => {
-                        f.write_str("not permitted; check the file's owner and mode, or open it read-only")
-                    }
+                    ImageFault::Permission => f.write_str(
+                        "not permitted; check the file's owner and mode, or open it read-only",
+                    ),
                     ImageFault::InUse => f.write_str(
                         "in use by another program, which has to close it first (or use a copy)",
                     ),
@@ -205,7 +205,7 @@ pub(super) fn refusal(complaint: &str, images: &[PathBuf]) -> QemuError {
     // The error is the last line but for hints, which do not begin with the program's name.
     let line = lines()
         .rfind(|line| line.starts_with("qemu") && !line.contains("warning:"))
-        .or_else(|| lines().last())
+        .or_else(|| lines().next_back())
         .unwrap_or("it gave no reason");
     let message = without_prefix(line).to_owned();
     let about = |phrases: &[&str]| phrases.iter().any(|phrase| line.contains(phrase));

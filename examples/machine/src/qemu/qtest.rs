@@ -284,9 +284,7 @@ mod tests {
     use super::*;
 
     /// A server that gives `answers` in turn, and returns the commands that it got.
-    fn server(
-        answers: &'static [&'static str],
-    ) -> (Qtest, thread::JoinHandle<Vec<String>>) {
+    fn server(answers: &'static [&'static str]) -> (Qtest, thread::JoinHandle<Vec<String>>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let handle = thread::spawn(move || {
             let mut commands = Vec::new();
@@ -315,7 +313,8 @@ mod tests {
 
     #[test]
     fn interrupts_told_before_an_answer_are_kept() {
-        let (mut qtest, handle) = server(&["IRQ raise 47\nIRQ raise 47\nOK 0x1\n", "OK\nIRQ lower 47\n"]);
+        let (mut qtest, handle) =
+            server(&["IRQ raise 47\nIRQ raise 47\nOK 0x1\n", "OK\nIRQ lower 47\n"]);
         assert_eq!(qtest.read(0, 4).unwrap(), 1);
         assert_eq!(
             qtest.interrupt_line(47).unwrap(),
