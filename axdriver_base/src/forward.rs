@@ -52,3 +52,63 @@ impl<T: BaseDriverOps + ?Sized> BaseDriverOps for Box<T> {
         T::disable_interrupts(self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A driver none of whose answers is a default.
+    struct Device {
+        silenced: bool,
+    }
+
+    impl BaseDriverOps for Device {
+        fn device_name(&self) -> &str {
+            "device"
+        }
+
+        fn device_type(&self) -> DeviceType {
+            DeviceType::Display
+        }
+
+        fn acknowledge_interrupt(&mut self) -> DevResult<InterruptCause> {
+            Ok(InterruptCause::CONFIGURATION)
+        }
+
+        fn enable_interrupts(&mut self) -> DevResult<bool> {
+            self.silenced = false;
+            Ok(true)
+        }
+
+        fn disable_interrupts(&mut self) -> DevResult {
+            self.silenced = true;
+            Ok(())
+        }
+    }
+
+    fn answers_as_the_device<D: BaseDriverOps>(mut driver: D) {
+        assert_eq!(driver.device_name(), "device");
+        assert_eq!(driver.device_type(), DeviceType::Display);
+        assert_eq!(
+            driver.acknowledge_interrupt(),
+            Ok(InterruptCause::CONFIGURATION)
+        );
+        assert_eq!(driver.enable_interrupts(), Ok(true));
+        assert_eq!(driver.disable_interrupts(), Ok(()));
+    }
+
+    #[test]
+    fn a_borrowed_driver_answers_as_the_driver() {
+        let mut device = Device { silenced: false };
+        answers_as_the_device(&mut device);
+        assert!(device.silenced);
+        answers_as_the_device::<&mut dyn BaseDriverOps>(&mut device);
+    }
+
+    #[cfg(feature = "alloc")]
+    #[test]
+    fn a_boxed_driver_answers_as_the_driver() {
+        answers_as_the_device(Box::new(Device { silenced: false }));
+        answers_as_the_device::<Box<dyn BaseDriverOps>>(Box::new(Device { silenced: false }));
+    }
+}

@@ -65,3 +65,83 @@ pub const fn check_write(
         checked => checked,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Numbers near the edges of their type, where arithmetic wraps, and small ones.
+    fn edgy_u64() -> impl Strategy<Value = u64> {
+        prop_oneof![0..64_u64, any::<u64>(), u64::MAX - 64..=u64::MAX]
+    }
+
+    fn edgy_len() -> impl Strategy<Value = usize> {
+        prop_oneof![
+            0..8192_usize,
+            (0..64_usize).prop_map(|blocks| blocks * 512),
+            any::<usize>(),
+            usize::MAX - 64..=usize::MAX
+        ]
+    }
+
+    fn edgy_block_size() -> impl Strategy<Value = usize> {
+        prop_oneof![Just(512), Just(4096), 0..600_usize, any::<usize>()]
+    }
+
+    proptest! {
+        #[test]
+        fn a_request_is_right_exactly_when_it_is_whole_blocks_inside_the_device(
+            num_blocks in edgy_u64(),
+            block_size in edgy_block_size(),
+            block_id in edgy_u64(),
+            len in edgy_len(),
+        ) {
+            let checked = check_request(num_blocks, block_size, block_id, len);
+            // The same in numbers that cannot wrap.
+            let (wide_len, wide_size) = (len as u128, block_size as u128);
+            let whole = len > 0 && block_size > 0 && wide_len % wide_size == 0;
+            let start = u128::from(block_id) * wide_size;
+            let inside = start + wide_len <= u128::from(num_blocks) * wide_size;
+            if whole && inside {
+                prop_assert_eq!(checked, Ok((len / block_size) as u64));
+            } else {
+                prop_assert_eq!(checked, Err(DevError::InvalidParam));
+            }
+        }
+
+        #[test]
+        fn a_write_is_checked_as_a_request_before_read_only_counts(
+            num_blocks in edgy_u64(),
+            block_size in edgy_block_size(),
+            block_id in edgy_u64(),
+            len in edgy_len(),
+        ) {
+            let request = check_request(num_blocks, block_size, block_id, len);
+            prop_assert_eq!(
+                check_write(num_blocks, block_size, block_id, len, false),
+                request
+            );
+            prop_assert_eq!(
+                check_write(num_blocks, block_size, block_id, len, true),
+                request.and(Err(DevError::Unsupported))
+            );
+        }
+    }
+
+    #[test]
+    fn block_numbers_beyond_32_bits_are_not_truncated() {
+        assert_eq!(check_request(1 << 40, 512, 1 << 32, 512), Ok(1));
+        assert_eq!(
+            check_request(1 << 32, 512, 1 << 32, 512),
+            Err(DevError::InvalidParam)
+        );
+    }
+
+    #[test]
+    fn a_device_without_blocks_takes_no_request() {
+        assert_eq!(check_request(0, 512, 0, 512), Err(DevError::InvalidParam));
+        assert_eq!(check_request(1, 0, 0, 512), Err(DevError::InvalidParam));
+    }
+}
