@@ -1,0 +1,142 @@
+//! Which interrupt came, and sleeping until one comes.
+//!
+//! The handler acknowledges at the device and counts; the driver, which sleeps meanwhile, then
+//! looks. Nothing looks at a device because a clock ticked, so a lost interrupt is a request that
+//! never ends: the wait is over at a deadline, and the run fails.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, Ordering};
+use core::time::Duration;
+
+use axdriver_base::InterruptCause;
+use spin::Mutex;
+
+use crate::arch::{Arch, Architecture};
+
+/// How long a request may take. Then its interrupt, or its device, counts as lost.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How many interrupts in a row may be nobody's before their line is masked.
+const MAX_STRAY: u32 = 1000;
+
+/// Acknowledges at a device, and returns what its interrupt meant.
+pub(crate) type Acknowledge = Box<dyn FnMut() -> InterruptCause + Send>;
+
+struct Source {
+    name: &'static str,
+    line: u32,
+    acknowledge: Acknowledge,
+    count: u32,
+    /// How many interrupts of this line in a row were nobody's.
+    stray: u32,
+}
+
+/// Locked in the handler, and elsewhere only with interrupts masked.
+static SOURCES: Mutex<Vec<Source>> = Mutex::new(Vec::new());
+
+/// How many interrupts of devices there were.
+static COUNT: AtomicU32 = AtomicU32::new(0);
+/// `COUNT` when a sleeping driver was woken last.
+static SEEN: AtomicU32 = AtomicU32::new(0);
+/// How many interrupts were nobody's.
+static STRAY: AtomicU32 = AtomicU32::new(0);
+static TICKS: AtomicU32 = AtomicU32::new(0);
+
+/// Runs `operation` with interrupts masked.
+fn masked<R>(operation: impl FnOnce() -> R) -> R {
+    let unmasked = Arch::mask_interrupts();
+    let result = operation();
+    if unmasked {
+        Arch::unmask_interrupts();
+    }
+    result
+}
+
+/// Serves the interrupts of a device from now on.
+pub(crate) fn add_source(name: &'static str, line: u32, acknowledge: Acknowledge) {
+    masked(|| {
+        SOURCES.lock().push(Source {
+            name,
+            line,
+            acknowledge,
+            count: 0,
+            stray: 0,
+        });
+        Arch::set_line(line, true);
+    });
+}
+
+/// Serves an interrupt of a line. Called by the trap entry, with interrupts masked.
+pub(crate) fn handle(line: u32) {
+    let mut served = false;
+    let mut stray = 0;
+    // A line may be shared: everybody on it is asked.
+    for source in SOURCES.lock().iter_mut().filter(|source| source.line == line) {
+        if (source.acknowledge)().is_empty() {
+            source.stray += 1;
+            stray = stray.max(source.stray);
+        } else {
+            source.count += 1;
+            source.stray = 0;
+            served = true;
+        }
+    }
+    if served {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    } else {
+        STRAY.fetch_add(1, Ordering::Relaxed);
+        if stray >= MAX_STRAY {
+            Arch::set_line(line, false);
+        }
+    }
+}
+
+/// Serves a tick of the clock. Called by the trap entry, with interrupts masked.
+pub(crate) fn tick() {
+    TICKS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Returns how many interrupts of devices there were.
+pub(crate) fn count() -> u32 {
+    COUNT.load(Ordering::Relaxed)
+}
+
+/// Sleeps until there were other than `seen` interrupts of devices, or until `deadline`; returns
+/// whether there were.
+pub(crate) fn sleep_until(seen: u32, deadline: Duration) -> bool {
+    loop {
+        Arch::mask_interrupts();
+        let changed = count() != seen;
+        if changed || Arch::now() >= deadline {
+            Arch::unmask_interrupts();
+            return changed;
+        }
+        Arch::sleep();
+    }
+}
+
+/// Sleeps until a device has interrupted since the last call, and returns `true`; or `false` if
+/// none does in [`PATIENCE`]. Fit for a driver to call between two looks at its queue.
+pub(crate) fn sleep_between_looks(_looks: u64) -> bool {
+    let seen = SEEN.load(Ordering::Relaxed);
+    let interrupted = sleep_until(seen, Arch::now() + PATIENCE);
+    SEEN.store(count(), Ordering::Relaxed);
+    interrupted
+}
+
+/// Calls `report` with each device's name, line and count of interrupts.
+pub(crate) fn for_each_source(mut report: impl FnMut(&str, u32, u32)) {
+    let sources = masked(|| {
+        let sources = SOURCES.lock();
+        sources.iter().map(|source| (source.name, source.line, source.count)).collect::<Vec<_>>()
+    });
+    for (name, line, count) in sources {
+        report(name, line, count);
+    }
+}
+
+/// Returns how many interrupts were nobody's, and how many ticks there were.
+pub(crate) fn strays_and_ticks() -> (u32, u32) {
+    (STRAY.load(Ordering::Relaxed), TICKS.load(Ordering::Relaxed))
+}
