@@ -19,6 +19,30 @@ pub(crate) struct Boot {
     pub(crate) description: Description,
 }
 
+#[cfg(not(target_arch = "x86_64"))]
+impl Boot {
+    /// Takes memory and command line from a device tree; a broken one is left to the caller of
+    /// [`Machine::discover`] to complain about.
+    ///
+    /// # Safety
+    ///
+    /// A device tree lies at `tree`, which nothing changes as long as the kernel runs.
+    pub(crate) unsafe fn from_tree(tree: *const u8) -> Self {
+        // SAFETY: the caller promises that there is a tree; its header has 40 bytes.
+        let header = unsafe { core::slice::from_raw_parts(tree, 40) };
+        let size = u32::from_be_bytes([header[4], header[5], header[6], header[7]]) as usize;
+        let is_tree = header[..4] == [0xd0, 0x0d, 0xfe, 0xed];
+        // SAFETY: the second word is the tree's size, and the caller promises that it does not change.
+        let bytes = unsafe { core::slice::from_raw_parts(tree, if is_tree { size } else { 0 }) };
+        let tree = Tree::new(bytes).ok();
+        Self {
+            memory: tree.and_then(|tree| tree.memory()).unwrap_or(0..0),
+            command_line: tree.and_then(|tree| tree.command_line()).unwrap_or_default(),
+            description: Description::Tree(bytes),
+        }
+    }
+}
+
 /// Who tells what the machine consists of.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Description {

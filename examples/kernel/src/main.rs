@@ -16,6 +16,7 @@ mod heap;
 mod interrupts;
 mod machine;
 mod paging;
+mod registers;
 mod tree;
 
 use arch::{Arch, Architecture, PageTables};
@@ -53,7 +54,7 @@ fn run(boot: &Boot) -> Result {
     start_memory(boot)?;
     let machine = Machine::discover(boot)?;
     Arch::start_interrupts(tree.as_ref())?;
-    println!("{machine:x?}");
+    println!("{} {}", machine.slots.len(), machine.pci.is_some());
     interrupts::sleep_until(0, Arch::now() + core::time::Duration::from_secs(1));
     println!("{:?} {:?}", interrupts::strays_and_ticks(), Arch::now());
     Ok(())

@@ -13,6 +13,7 @@ use spin::Mutex;
 use super::{Architecture, Page, PageTables, TICK};
 use crate::error::{Error, Result};
 use crate::machine::{Boot, Description};
+use crate::registers::Registers;
 use crate::{interrupts, paging, println, tree::Tree};
 
 /// x86-64.
@@ -462,13 +463,10 @@ impl Architecture for Arch {
             write_port(data, if index == 0 { 0xfa } else { 0xff });
         }
         // Where no firmware has done so: the local APIC passes the controllers' interrupts on (ExtINT).
-        let apic = paging::map_registers(APIC, 0x1000)?;
-        for (register, value) in [(APIC_SPURIOUS, 0x1ff), (APIC_LINT0, 0x700)] {
-            // SAFETY: the register lies in the page that was just mapped.
-            let register = unsafe { apic.add(register) }.cast::<u32>();
-            // SAFETY: as above; it is aligned, and the value sends no interrupt that has no gate.
-            unsafe { register.write_volatile(value) };
-        }
+        // SAFETY: every x86-64 processor has its local APIC there, and these values send nothing.
+        let apic = unsafe { Registers::new(APIC..APIC + 0x1000) }?;
+        apic.write(APIC_SPURIOUS, 0x1ff);
+        apic.write(APIC_LINT0, 0x700);
         // Channel 0 of the 8254: a pulse every tick.
         write_port(0x43, 0x34);
         write_port(0x40, count as u8);
