@@ -44,3 +44,20 @@ impl From<[u8; 6]> for EthernetAddress {
         Self(bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, format};
+
+    use super::EthernetAddress;
+
+    #[test]
+    fn addresses_can_be_copied_compared_ordered_and_printed() {
+        let address = EthernetAddress([2, 0, 0, 0xab, 0, 1]);
+        let copy = address;
+        assert_eq!(address, copy);
+        assert_eq!(format!("{address:?}"), "EthernetAddress(02:00:00:ab:00:01)");
+        let all: BTreeSet<_> = [address, EthernetAddress::BROADCAST, copy].into();
+        assert_eq!(all.len(), 2);
+    }
+}

@@ -388,3 +388,185 @@ impl fmt::Debug for NetBuf {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use core::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    static RELEASED: AtomicUsize = AtomicUsize::new(0);
+
+    /// Counts, and forgets the object, which is on the stack of the test.
+    unsafe fn release(_: NonNull<u8>) {
+        RELEASED.fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[test]
+    fn a_managed_pointer_is_released_once_when_dropped_and_not_when_taken_apart() {
+        let mut packet = [1_u8, 2, 3];
+        let raw = NonNull::from(&mut packet).cast::<u8>();
+        // SAFETY: the packet is used through the pointer only, and releasing it does nothing.
+        let mut ptr = unsafe { NetBufPtr::with_release(raw, raw, 3, release) };
+        ptr.packet_mut()[0] = 9;
+        assert_eq!(ptr.packet(), [9, 2, 3]);
+        assert_eq!(ptr.packet_len(), 3);
+        assert_eq!(ptr.raw_ptr::<u8>(), raw.as_ptr());
+        assert_eq!(RELEASED.load(Ordering::Relaxed), 0);
+        drop(ptr);
+        assert_eq!(RELEASED.load(Ordering::Relaxed), 1);
+
+        // SAFETY: as above; the first pointer is gone.
+        let ptr = unsafe { NetBufPtr::with_release(raw, raw, 3, release) };
+        assert_eq!(ptr.into_raw(), raw);
+        // SAFETY: as above.
+        drop(unsafe { NetBufPtr::new(raw, raw, 3) });
+        assert_eq!(RELEASED.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn pointers_and_buffers_can_be_sent_and_shared() {
+        const fn is_send_and_sync<T: Send + Sync>() {}
+        is_send_and_sync::<NetBufPtr>();
+        #[cfg(feature = "alloc")]
+        is_send_and_sync::<NetBuf>();
+        #[cfg(feature = "alloc")]
+        is_send_and_sync::<NetBufPool>();
+    }
+
+    #[cfg(feature = "alloc")]
+    mod with_alloc {
+        use proptest::prelude::*;
+
+        use super::super::*;
+
+        fn pool(capacity: usize) -> Arc<NetBufPool> {
+            NetBufPool::new(capacity, 2048).unwrap()
+        }
+
+        #[test]
+        fn a_dropped_pointer_gives_its_buffer_back() {
+            let pool = pool(1);
+            for _ in 0..10 {
+                let ptr = pool.alloc_boxed().unwrap().into_buf_ptr();
+                assert_eq!(pool.available(), 0);
+                drop(ptr);
+                assert_eq!(pool.available(), 1);
+            }
+        }
+
+        #[test]
+        fn a_pointer_goes_back_to_the_buffer_that_it_was_made_of() {
+            let pool = pool(1);
+            let mut buf = pool.alloc_boxed().unwrap();
+            buf.try_set_lens(12, 60).unwrap();
+            buf.packet_mut().fill(3);
+            let mut ptr = buf.into_buf_ptr();
+            assert_eq!(ptr.packet(), [3; 60]);
+            ptr.packet_mut().fill(4);
+            let buf = NetBuf::try_from_buf_ptr(ptr, &pool).unwrap();
+            assert_eq!((buf.header_len(), buf.packet_len()), (12, 60));
+            assert_eq!(buf.packet(), [4; 60]);
+            assert_eq!(buf.packet_with_header().len(), 72);
+            assert_eq!(buf.header().len(), 12);
+        }
+
+        #[test]
+        fn a_foreign_pointer_is_given_back_unharmed() {
+            let (ours, theirs) = (pool(1), pool(1));
+            let mut buf = theirs.alloc_boxed().unwrap();
+            buf.set_packet_len(60);
+            buf.packet_mut().fill(7);
+            let foreign = NetBuf::try_from_buf_ptr(buf.into_buf_ptr(), &ours).unwrap_err();
+            assert_eq!(foreign.packet(), [7; 60]);
+            assert!(theirs.owns(&foreign) && !ours.owns(&foreign));
+            drop(foreign);
+            assert_eq!(theirs.available(), 1);
+        }
+
+        #[test]
+        fn a_pointer_that_lies_about_its_object_is_not_believed() {
+            let pool = pool(1);
+            let mut buf = pool.alloc_boxed().unwrap();
+            buf.set_packet_len(60);
+            let inside = NonNull::from(buf.packet_mut()).cast::<u8>();
+            let mut object = 0_u64;
+            let raw = NonNull::from(&mut object).cast();
+            // SAFETY: the packet is that of `buf`, which is not used while the pointer lives.
+            let ptr = unsafe { NetBufPtr::new(raw, inside, 60) };
+            assert!(!pool.owns(&ptr));
+            assert!(NetBuf::try_from_buf_ptr(ptr, &pool).is_err());
+        }
+
+        #[test]
+        fn buffers_outlive_the_handle_of_their_pool() {
+            let pool = pool(1);
+            let mut buf = pool.alloc().unwrap();
+            drop(pool);
+            buf.raw_buf_mut().fill(1);
+            assert_eq!(buf.raw_buf(), [1; 2048]);
+        }
+
+        #[test]
+        fn a_length_from_a_device_cannot_leave_the_buffer() {
+            let pool = pool(1);
+            let mut buf = pool.alloc_boxed().unwrap();
+            buf.set_header_len(12);
+            assert_eq!(buf.try_set_lens(12, 59_988), Err(DevError::InvalidParam));
+            assert_eq!(buf.packet_len(), 0);
+            buf.set_packet_len(59_988);
+            assert_eq!(buf.packet().len(), 2048 - 12);
+            assert_eq!(buf.into_buf_ptr().packet().len(), 2048 - 12);
+        }
+
+        #[derive(Clone, Debug)]
+        enum Step {
+            Header(usize),
+            Packet(usize),
+            Both(usize, usize),
+        }
+
+        fn len() -> impl Strategy<Value = usize> {
+            prop_oneof![0..5000_usize, any::<usize>(), usize::MAX - 8..=usize::MAX]
+        }
+
+        fn step() -> impl Strategy<Value = Step> {
+            prop_oneof![
+                len().prop_map(Step::Header),
+                len().prop_map(Step::Packet),
+                (len(), len()).prop_map(|(header, packet)| Step::Both(header, packet)),
+            ]
+        }
+
+        proptest! {
+            #[test]
+            fn whatever_lengths_are_set_the_packet_stays_inside(
+                steps in prop::collection::vec(step(), 1..20),
+            ) {
+                let pool = pool(1);
+                let mut buf = pool.alloc_boxed().ok_or(TestCaseError::fail("no buffer"))?;
+                let raw = buf.raw_buf().as_ptr_range();
+                for step in steps {
+                    match step {
+                        Step::Header(len) => buf.set_header_len(len),
+                        Step::Packet(len) => buf.set_packet_len(len),
+                        Step::Both(header, packet) => {
+                            let before = (buf.header_len(), buf.packet_len());
+                            let fits = header.checked_add(packet).is_some_and(|len| len <= 2048);
+                            prop_assert_eq!(buf.try_set_lens(header, packet).is_ok(), fits);
+                            let now = (buf.header_len(), buf.packet_len());
+                            prop_assert_eq!(now, if fits { (header, packet) } else { before });
+                        }
+                    }
+                    let packet = buf.packet_mut().as_ptr_range();
+                    prop_assert!(raw.start <= packet.start && packet.end <= raw.end);
+                    prop_assert_eq!(buf.packet().len(), buf.packet_len());
+                    prop_assert_eq!(
+                        buf.packet_with_header().len(),
+                        buf.header_len() + buf.packet_len()
+                    );
+                }
+            }
+        }
+    }
+}

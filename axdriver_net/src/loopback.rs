@@ -33,7 +33,7 @@ const BUFFER_LEN: usize = 1526;
 pub struct LoopbackNic {
     address: EthernetAddress,
     /// The buffers of frames on their way and of frames in the hands of the caller.
-    pool: Arc<NetBufPool>,
+    pub(crate) pool: Arc<NetBufPool>,
     /// The frames on their way, the oldest first. It has room for `queue_size` of them, and never more in it.
     frames: VecDeque<NetBufBox>,
     queue_size: usize,

@@ -226,3 +226,134 @@ impl fmt::Debug for NetBufPool {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn buffers_are_aligned_do_not_overlap_and_do_not_cross_pages(
+            buf_len in 1..20_000_usize,
+            count in 1..64_usize,
+        ) {
+            let slots = Slots::new(buf_len).ok_or(TestCaseError::fail("no layout"))?;
+            let size = slots.size(count).ok_or(TestCaseError::fail("no size"))?;
+            let mut end_of_last = 0;
+            for slot in 0..count {
+                let start = slots.offset(slot);
+                let end = start + buf_len;
+                prop_assert!(start >= end_of_last);
+                prop_assert!(end <= size);
+                prop_assert!(start.is_multiple_of(ALIGN));
+                if buf_len <= PAGE_SIZE {
+                    prop_assert_eq!(start / PAGE_SIZE, (end - 1) / PAGE_SIZE);
+                } else {
+                    prop_assert!(start.is_multiple_of(PAGE_SIZE));
+                }
+                end_of_last = end.next_multiple_of(ALIGN);
+            }
+            prop_assert!(size < end_of_last.next_multiple_of(PAGE_SIZE) + PAGE_SIZE);
+        }
+
+        #[test]
+        fn a_layout_is_right_or_there_is_none(buf_len in any::<usize>(), count in any::<usize>()) {
+            if let Some(size) = Slots::new(buf_len).and_then(|slots| slots.size(count)) {
+                prop_assert!(size as u128 >= buf_len as u128 * count as u128);
+            }
+        }
+
+        #[test]
+        fn every_buffer_has_one_owner_at_a_time(
+            takes in prop::collection::vec(any::<bool>(), 1..100),
+        ) {
+            let pool = NetBufPool::new(5, 1526).map_err(|error| {
+                TestCaseError::fail(alloc::format!("{error}"))
+            })?;
+            let mut held = Vec::new();
+            for (turn, take) in takes.into_iter().enumerate() {
+                let mark = u8::try_from(turn)?;
+                if take {
+                    if let Some(mut buf) = pool.alloc() {
+                        buf.raw_buf_mut().fill(mark);
+                        held.push((mark, buf));
+                    } else {
+                        prop_assert_eq!(held.len(), 5);
+                    }
+                } else if !held.is_empty() {
+                    held.swap_remove(turn % held.len());
+                }
+                prop_assert_eq!(pool.available(), 5 - held.len());
+                for (mark, buf) in &held {
+                    prop_assert!(buf.raw_buf().iter().all(|byte| byte == mark));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_buffer_of_a_frame_crosses_a_page() {
+        let pool = NetBufPool::new(16, 1526).unwrap();
+        let buffers: Vec<_> = (0..16).map(|_| pool.alloc().unwrap()).collect();
+        for buf in &buffers {
+            let start = buf.raw_buf().as_ptr().addr();
+            assert_eq!(start / PAGE_SIZE, (start + 1525) / PAGE_SIZE);
+            assert!(start.is_multiple_of(ALIGN));
+        }
+        assert!(pool.alloc().is_none() && pool.alloc_boxed().is_none());
+    }
+
+    #[test]
+    fn impossible_pools_are_refused() {
+        for (capacity, buf_len) in [
+            (0, 2048),
+            (1, 0),
+            (1, 1525),
+            (1, 65536),
+            (1, usize::MAX),
+            (usize::MAX, 2048),
+            (usize::MAX / 2048, 2048),
+            (usize::MAX / 1526, 1526),
+        ] {
+            let refused = NetBufPool::new(capacity, buf_len).err();
+            assert_eq!(
+                refused,
+                Some(DevError::InvalidParam),
+                "{capacity} {buf_len}"
+            );
+        }
+        // Less than half of the address space, but more than any machine has.
+        let refused = NetBufPool::new(1 << 50, 4096).err();
+        assert_eq!(refused, Some(DevError::NoMemory));
+    }
+
+    #[test]
+    fn new_buffers_are_zeros_with_nothing_in_them() {
+        let pool = NetBufPool::new(1, 65535).unwrap();
+        let buf = pool.alloc_boxed().unwrap();
+        assert_eq!((pool.capacity(), pool.buffer_len()), (1, 65535));
+        assert_eq!(
+            (buf.capacity(), buf.header_len(), buf.packet_len()),
+            (65535, 0, 0)
+        );
+        assert!(buf.raw_buf().iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn buffers_can_be_dropped_in_another_thread() {
+        let pool = NetBufPool::new(64, 1526).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..1000 {
+                        let ptr = pool.alloc_boxed().map(NetBuf::into_buf_ptr);
+                        drop(ptr);
+                    }
+                });
+            }
+        });
+        assert_eq!(pool.available(), 64);
+    }
+}
