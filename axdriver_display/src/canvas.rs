@@ -1,6 +1,6 @@
 //! A framebuffer as pixels: with a width, a height, a stride and a format, and checked bounds.
 
-use core::fmt;
+use core::{fmt, ops::Range};
 
 use crate::{
     DevError, DevResult, DisplayCapabilities, DisplayDriverOps, DisplayInfo, FrameBuffer,
@@ -31,6 +31,70 @@ impl Color {
     }
 }
 
+/// Where the pixels lie in a piece of memory, counted from its start.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Geometry {
+    /// At least 1.
+    width: u32,
+    /// At least 1.
+    height: u32,
+    /// At least `row_len`.
+    stride: usize,
+    /// The length of the pixels of a row, in bytes.
+    row_len: usize,
+    format: PixelFormat,
+}
+
+impl Geometry {
+    /// Lays out `height` rows of `width` pixels, or refuses what is empty or does not fit into the address space.
+    pub(crate) fn new(
+        width: u32,
+        height: u32,
+        capabilities: &DisplayCapabilities,
+    ) -> DevResult<Self> {
+        let format = capabilities.format;
+        let stride = capabilities.stride_for(width);
+        let stride = stride.ok_or(DevError::InvalidParam)?;
+        if width == 0 || height == 0 {
+            return Err(DevError::InvalidParam);
+        }
+        // With this product inside the address space, no offset of a pixel overflows.
+        stride
+            .checked_mul(height as usize)
+            .ok_or(DevError::InvalidParam)?;
+        Ok(Self {
+            width,
+            height,
+            stride,
+            row_len: width as usize * format.bytes_per_pixel(),
+            format,
+        })
+    }
+
+    /// Returns the length of the memory from the first pixel to the last, in bytes.
+    pub(crate) const fn used_len(&self) -> usize {
+        self.stride * (self.height as usize - 1) + self.row_len
+    }
+
+    /// Returns the length of all rows with their padding, in bytes.
+    #[cfg(feature = "memory")]
+    pub(crate) const fn full_len(&self) -> usize {
+        self.stride * self.height as usize
+    }
+
+    /// Returns where the pixels of row `y` are, or `None` outside.
+    fn row(&self, y: u32) -> Option<Range<usize>> {
+        let start = self.stride * y as usize;
+        (y < self.height).then_some(start..start + self.row_len)
+    }
+
+    /// Returns the colour of a pixel of `memory`, or `None` outside.
+    pub(crate) fn pixel(&self, memory: &[u8], x: u32, y: u32) -> Option<Color> {
+        let (pixels, _) = memory.get(self.row(y)?)?.as_chunks();
+        Some(self.format.decode(*pixels.get(x as usize)?))
+    }
+}
+
 /// The pixels of a framebuffer.
 ///
 /// The origin is at the top left. A pixel outside is never touched: reading it gives `None`, writing it is refused.
@@ -53,15 +117,9 @@ impl Color {
 /// # Ok::<(), DevError>(())
 /// ```
 pub struct Canvas<'a> {
-    /// Holds `stride * (height - 1) + width * bytes per pixel` bytes or more.
+    /// Holds `geometry.used_len()` bytes or more.
     bytes: &'a mut [u8],
-    /// At least 1.
-    width: u32,
-    /// At least 1.
-    height: u32,
-    /// At least `width * bytes per pixel`.
-    stride: usize,
-    format: PixelFormat,
+    geometry: Geometry,
 }
 
 impl<'a> Canvas<'a> {
@@ -78,27 +136,11 @@ impl<'a> Canvas<'a> {
         capabilities: &DisplayCapabilities,
     ) -> DevResult<Self> {
         let bytes = fb.into_bytes();
-        let stride = capabilities.stride_for(width);
-        let stride = stride.ok_or(DevError::InvalidParam)?;
-        let format = capabilities.format;
-        if width == 0 || height == 0 {
+        let geometry = Geometry::new(width, height, capabilities)?;
+        if geometry.used_len() > bytes.len() {
             return Err(DevError::InvalidParam);
         }
-        // The last row needs no padding after it.
-        let size = stride
-            .checked_mul(height as usize - 1)
-            .and_then(|rows| rows.checked_add(width as usize * format.bytes_per_pixel()))
-            .ok_or(DevError::InvalidParam)?;
-        if size > bytes.len() {
-            return Err(DevError::InvalidParam);
-        }
-        Ok(Self {
-            bytes,
-            width,
-            height,
-            stride,
-            format,
-        })
+        Ok(Self { bytes, geometry })
     }
 
     /// Takes the framebuffer of `display`, in the size and the format that its driver says.
@@ -115,32 +157,31 @@ impl<'a> Canvas<'a> {
     /// Returns the width, in pixels.
     #[must_use]
     pub const fn width(&self) -> u32 {
-        self.width
+        self.geometry.width
     }
 
     /// Returns the height, in pixels.
     #[must_use]
     pub const fn height(&self) -> u32 {
-        self.height
+        self.geometry.height
     }
 
     /// Returns the distance from one row to the next, in bytes.
     #[must_use]
     pub const fn stride(&self) -> usize {
-        self.stride
+        self.geometry.stride
     }
 
     /// Returns the order of the bytes of a pixel.
     #[must_use]
     pub const fn format(&self) -> PixelFormat {
-        self.format
+        self.geometry.format
     }
 
     /// Returns the colour of the pixel in column `x` of row `y`, or `None` outside.
     #[must_use]
     pub fn pixel(&self, x: u32, y: u32) -> Option<Color> {
-        let (pixels, _) = self.row(y)?.as_chunks();
-        Some(self.format.decode(*pixels.get(x as usize)?))
+        self.geometry.pixel(self.bytes, x, y)
     }
 
     /// Sets the colour of the pixel in column `x` of row `y`.
@@ -149,7 +190,7 @@ impl<'a> Canvas<'a> {
     ///
     /// * [`DevError::InvalidParam`]: the pixel is outside. Nothing is drawn.
     pub fn set_pixel(&mut self, x: u32, y: u32, color: Color) -> DevResult {
-        let bytes = self.format.encode(color);
+        let bytes = self.geometry.format.encode(color);
         let row = self.row_mut(y).ok_or(DevError::InvalidParam)?;
         let (pixels, _) = row.as_chunks_mut();
         *pixels.get_mut(x as usize).ok_or(DevError::InvalidParam)? = bytes;
@@ -159,25 +200,23 @@ impl<'a> Canvas<'a> {
     /// Returns the bytes of the pixels of row `y`, without padding, or `None` outside.
     #[must_use]
     pub fn row(&self, y: u32) -> Option<&[u8]> {
-        let (start, end) = self.row_bounds(y)?;
-        self.bytes.get(start..end)
+        self.bytes.get(self.geometry.row(y)?)
     }
 
     /// Returns the bytes of the pixels of row `y`, without padding, to be written, or `None` outside.
     #[must_use]
     pub fn row_mut(&mut self, y: u32) -> Option<&mut [u8]> {
-        let (start, end) = self.row_bounds(y)?;
-        self.bytes.get_mut(start..end)
+        self.bytes.get_mut(self.geometry.row(y)?)
     }
 
     /// Fills the rectangle of `width` by `height` pixels whose top left corner is in column `x` of row `y`.
     ///
     /// What lies outside the canvas is left out.
     pub fn fill_rect(&mut self, x: u32, y: u32, width: u32, height: u32, color: Color) {
-        let left = x.min(self.width) as usize;
-        let right = x.saturating_add(width).min(self.width) as usize;
-        let bottom = y.saturating_add(height).min(self.height);
-        let bytes = self.format.encode(color);
+        let left = x.min(self.width()) as usize;
+        let right = x.saturating_add(width).min(self.width()) as usize;
+        let bottom = y.saturating_add(height).min(self.height());
+        let bytes = self.geometry.format.encode(color);
         for y in y..bottom {
             let Some(row) = self.row_mut(y) else { break };
             let (pixels, _) = row.as_chunks_mut();
@@ -189,27 +228,109 @@ impl<'a> Canvas<'a> {
 
     /// Fills the whole canvas.
     pub fn fill(&mut self, color: Color) {
-        self.fill_rect(0, 0, self.width, self.height, color);
-    }
-
-    /// Returns the bounds of the pixels of row `y` in `bytes`, or `None` outside.
-    fn row_bounds(&self, y: u32) -> Option<(usize, usize)> {
-        if y >= self.height {
-            return None;
-        }
-        let start = self.stride.checked_mul(y as usize)?;
-        let len = (self.width as usize).checked_mul(self.format.bytes_per_pixel())?;
-        Some((start, start.checked_add(len)?))
+        self.fill_rect(0, 0, self.width(), self.height(), color);
     }
 }
 
 impl fmt::Debug for Canvas<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Canvas")
-            .field("width", &self.width)
-            .field("height", &self.height)
-            .field("stride", &self.stride)
-            .field("format", &self.format)
+            .field("width", &self.width())
+            .field("height", &self.height())
+            .field("stride", &self.stride())
+            .field("format", &self.format())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use std::vec;
+
+    use super::*;
+
+    const FORMATS: [PixelFormat; 4] = [
+        PixelFormat::Bgrx8888,
+        PixelFormat::Rgbx8888,
+        PixelFormat::Xrgb8888,
+        PixelFormat::Xbgr8888,
+    ];
+
+    fn edgy() -> impl Strategy<Value = u32> {
+        prop_oneof![0..12_u32, any::<u32>(), u32::MAX - 4..=u32::MAX]
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_drawn_changes_the_pixels_inside_and_nothing_else(
+            (width, height) in (1..10_u32, 1..10_u32),
+            padding in 0..9_usize,
+            rest in 0..9_usize,
+            format in prop::sample::select(&FORMATS[..]),
+            (x, y, w, h) in (edgy(), edgy(), edgy(), edgy()),
+        ) {
+            let stride = width as usize * 4 + padding;
+            let used = stride * (height as usize - 1) + width as usize * 4;
+            let mut memory = vec![0x11; used + rest];
+            let capabilities = DisplayCapabilities::new()
+                .with_stride(Some(stride))
+                .with_format(format);
+            let color = Color::new(0x22, 0x33, 0x44);
+            {
+                let fb = FrameBuffer::from_slice(&mut memory);
+                let canvas = Canvas::new(fb, width, height, &capabilities);
+                let mut canvas = canvas.map_err(|_| TestCaseError::fail("no canvas"))?;
+                canvas.fill_rect(x, y, w, h, color);
+                let right = u64::from(x) + u64::from(w);
+                let bottom = u64::from(y) + u64::from(h);
+                for row in 0..height {
+                    for column in 0..width {
+                        let inside = (u64::from(x)..right).contains(&column.into())
+                            && (u64::from(y)..bottom).contains(&row.into());
+                        prop_assert_eq!(canvas.pixel(column, row) == Some(color), inside);
+                    }
+                }
+                let is_inside = x < width && y < height;
+                prop_assert_eq!(canvas.set_pixel(x, y, color).is_ok(), is_inside);
+                prop_assert_eq!(canvas.pixel(x, y), is_inside.then_some(color));
+                prop_assert_eq!(canvas.row(y).is_some(), y < height);
+            }
+            for (offset, byte) in memory.iter().enumerate() {
+                if offset % stride >= width as usize * 4 || offset >= used {
+                    prop_assert_eq!(*byte, 0x11);
+                }
+            }
+        }
+
+        #[test]
+        fn a_canvas_is_refused_unless_all_its_pixels_are_in_the_framebuffer(
+            (width, height) in (edgy(), edgy()),
+            stride in prop::option::of(prop_oneof![0..64_usize, any::<usize>()]),
+            len in 0..512_usize,
+        ) {
+            let mut memory = vec![0; len];
+            let capabilities = DisplayCapabilities::new().with_stride(stride);
+            let row = u128::from(width) * 4;
+            let stride = stride.map_or(row, |stride| stride as u128);
+            let fits = width > 0
+                && height > 0
+                && stride >= row
+                && stride * (u128::from(height) - 1) + row <= len as u128;
+            let fb = FrameBuffer::from_slice(&mut memory);
+            let refused = Canvas::new(fb, width, height, &capabilities).err();
+            prop_assert_eq!(refused, (!fits).then_some(DevError::InvalidParam));
+        }
+    }
+
+    #[test]
+    fn colours_survive_every_format() {
+        for format in FORMATS {
+            let color = Color::new(1, 2, 3);
+            assert_eq!(format.decode(format.encode(color)), color);
+            assert_eq!(format.encode(color).len(), format.bytes_per_pixel());
+        }
+        let number = u32::from_le_bytes(PixelFormat::Bgrx8888.encode(Color::new(1, 2, 3)));
+        assert_eq!(number, 0xff01_0203);
     }
 }

@@ -69,3 +69,19 @@ impl fmt::Debug for FrameBuffer<'_> {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::FrameBuffer;
+
+    #[test]
+    fn a_framebuffer_from_a_pointer_is_the_memory_there() {
+        let mut memory = [1, 2, 3, 4];
+        // SAFETY: the first three bytes are initialised and not used otherwise while the framebuffer lives.
+        let mut fb = unsafe { FrameBuffer::from_raw_parts_mut(memory.as_mut_ptr(), 3) };
+        fb.as_bytes_mut()[2] = 9;
+        assert_eq!(fb.as_bytes(), [1, 2, 9]);
+        assert_eq!(fb.into_bytes(), [1, 2, 9]);
+        assert_eq!(memory, [1, 2, 9, 4]);
+    }
+}
