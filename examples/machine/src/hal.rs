@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use virtio_drivers::{BufferDirection, Hal, PhysAddr};
 
 use crate::memory::{Memory, memory_of};
-use crate::registers::{Machine, register_pointer};
+use crate::registers::{Inside, Machine, register_pointer};
 use crate::trace::Event;
 
 /// The [`Hal`] of the machine that is installed on the current thread.
@@ -25,12 +25,14 @@ pub struct MachineHal;
 // are numbers that a `RegisterBus` looks up.
 unsafe impl Hal for MachineHal {
     fn dma_alloc(pages: usize, _direction: BufferDirection) -> (PhysAddr, NonNull<u8>) {
+        let _inside = Inside::enter();
         Machine::current()
             .and_then(|machine| machine.memory().allocate(pages))
             .unwrap_or((0, NonNull::dangling()))
     }
 
     unsafe fn dma_dealloc(paddr: PhysAddr, vaddr: NonNull<u8>, pages: usize) -> i32 {
+        let _inside = Inside::enter();
         // The driver may be dropped on a thread without its machine, so the address says whose the pages are.
         let Some(memory) = memory_of(vaddr) else {
             return -1;
@@ -45,6 +47,7 @@ unsafe impl Hal for MachineHal {
     }
 
     unsafe fn mmio_phys_to_virt(paddr: PhysAddr, size: usize) -> NonNull<u8> {
+        let _inside = Inside::enter();
         if let Some(machine) = Machine::current() {
             machine.memory().trace().push(Event::Mapped {
                 address: paddr,
@@ -56,6 +59,7 @@ unsafe impl Hal for MachineHal {
     }
 
     unsafe fn share(buffer: NonNull<[u8]>, direction: BufferDirection) -> PhysAddr {
+        let _inside = Inside::enter();
         let Some(machine) = Machine::current() else {
             return 0;
         };
@@ -82,6 +86,7 @@ unsafe impl Hal for MachineHal {
     }
 
     unsafe fn unshare(paddr: PhysAddr, buffer: NonNull<[u8]>, direction: BufferDirection) {
+        let _inside = Inside::enter();
         let len = buffer.len();
         let Some(memory) = Machine::current()
             .map(|machine| machine.memory().clone())

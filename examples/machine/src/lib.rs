@@ -1,12 +1,18 @@
-//! The host as a board: memory, registers and virtio devices for drivers that run in a host process.
+#![doc = include_str!("../README.md")]
 
+pub mod emulated;
 pub mod hal;
 pub mod hostile;
 pub mod memory;
 pub mod qemu;
 pub mod registers;
 pub mod trace;
+pub mod vhost_user;
 
+pub use emulated::{
+    Board, Builder, Cable, Device, DeviceCounters, DeviceHandle, Disk, Display, Entropy, Function,
+    Image, Nic, Peer, Slot, Version, Violation,
+};
 pub use hal::MachineHal;
 pub use memory::{Buffer, Memory, MemoryCounters};
 pub use registers::{Accesses, Installed, Machine, RegisterBus, mmio_transport, pci_root};

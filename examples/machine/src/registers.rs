@@ -5,7 +5,7 @@
 //!
 //! Two kinds of `unsafe` live here: the functions that `safe-mmio` asks for, and making its pointers out of such numbers.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -129,6 +129,30 @@ static NUMBERS: AtomicU64 = AtomicU64::new(0);
 thread_local! {
     /// The machines installed on this thread, newest last.
     static CURRENT: RefCell<Vec<(u64, Machine)>> = const { RefCell::new(Vec::new()) };
+    /// How deep this thread is in the machine's own code.
+    static INSIDE: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Returns how deep this thread is in the machine's own code: 0 while the driver or the test runs, more inside a register
+/// access or a call of the HAL. A counting allocator can tell by it whose allocations it sees.
+pub fn inside() -> u32 {
+    INSIDE.try_with(Cell::get).unwrap_or(0)
+}
+
+/// Marks its thread as in the machine's own code.
+pub(crate) struct Inside(());
+
+impl Inside {
+    pub(crate) fn enter() -> Self {
+        let _ = INSIDE.try_with(|depth| depth.set(depth.get() + 1));
+        Self(())
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        let _ = INSIDE.try_with(|depth| depth.set(depth.get() - 1));
+    }
 }
 
 /// Keeps a machine installed on its thread.
@@ -154,6 +178,7 @@ impl Drop for Installed {
 }
 
 fn read(address: usize, width: u8) -> u64 {
+    let _inside = Inside::enter();
     let Some(machine) = Machine::current() else {
         return u64::MAX;
     };
@@ -162,6 +187,7 @@ fn read(address: usize, width: u8) -> u64 {
 }
 
 fn write(address: usize, width: u8, value: u64) {
+    let _inside = Inside::enter();
     if let Some(machine) = Machine::current() {
         machine.inner.writes.fetch_add(1, Ordering::Relaxed);
         machine.inner.bus.write(address as u64, width, value);

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Something that happened on a machine.
 ///
-/// `device` is the number of the device on its board, as `DeviceHandle::index` says.
+/// `device` is the number of the device on its board, as [`DeviceHandle::index`](crate::DeviceHandle::index) says.
 #[derive(Clone, Debug, Eq, PartialEq)]
 #[non_exhaustive]
 pub enum Event {
