@@ -28,7 +28,7 @@
 //! # Features
 //!
 //! * `alloc`: implements the trait for `Box<T>`.
-//! * `conformance`: the contract of the trait as code, in [`conformance`](https://docs.rs/axdriver_base/latest/axdriver_base/conformance/).
+//! * `conformance`: the contract of the trait as code, in the module `conformance`.
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -51,3 +51,8 @@ pub use self::{
     error::{DevError, DevResult},
     interrupt::InterruptCause,
 };
+
+/// The examples of the README, as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

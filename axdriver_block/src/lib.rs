@@ -1,4 +1,34 @@
 //! The contract between disk drivers and the operating systems that use them.
+//!
+//! A driver implements [`BlockDriverOps`]; a file system takes anything that does. The contract is the same for all
+//! drivers, down to which error is returned for what, and it stands at the trait.
+//!
+//! ```
+//! use axdriver_block::{BlockDriverOps, DevError, DevResult};
+//!
+//! /// Reads the boot sector of a disk and returns whether it is signed.
+//! fn is_bootable<D: BlockDriverOps + ?Sized>(disk: &mut D) -> DevResult<bool> {
+//!     let mut sector = [0; 512];
+//!     if disk.block_size() != sector.len() {
+//!         return Err(DevError::Unsupported);
+//!     }
+//!     disk.read_block(0, &mut sector)?;
+//!     Ok(sector.ends_with(&[0x55, 0xaa]))
+//! }
+//! # #[cfg(feature = "ramdisk")]
+//! # {
+//! # use axdriver_block::ramdisk::RamDisk;
+//!
+//! assert_eq!(is_bootable(&mut RamDisk::new(1024)), Ok(false));
+//! assert_eq!(is_bootable(&mut RamDisk::new(0)), Err(DevError::InvalidParam));
+//! # }
+//! ```
+//!
+//! # Features
+//!
+//! * `alloc`: implements the traits for `Box<T>`.
+//! * `conformance`: the contract as code for any driver, in the module `conformance`. Needs `alloc`.
+//! * `ramdisk`: a disk in memory, `ramdisk::RamDisk`. Needs `alloc`.
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -94,3 +124,8 @@ pub trait BlockDriverOps: BaseDriverOps {
 
 /// Proves that the trait can be used behind a pointer.
 const _: Option<&dyn BlockDriverOps> = None;
+
+/// The examples of the README, as tests.
+#[cfg(all(doctest, feature = "ramdisk", feature = "conformance"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,6 +1,38 @@
 //! The contract between display drivers and the programs that draw on them.
+//!
+//! A driver implements [`DisplayDriverOps`] and lends its memory as a [`FrameBuffer`]. Programs draw on a [`Canvas`] over
+//! it, which knows the stride and the format of the pixels and checks every bound.
+//!
+//! ```
+//! use axdriver_display::{Canvas, Color, DevError, DevResult, DisplayDriverOps};
+//!
+//! /// Makes the whole screen blue.
+//! fn clear<D: DisplayDriverOps + ?Sized>(display: &mut D) -> DevResult {
+//!     Canvas::of(display)?.fill(Color::new(0, 0, 0xff));
+//!     display.flush()
+//! }
+//! # #[cfg(feature = "memory")]
+//! # {
+//! # use axdriver_display::memory::MemoryDisplay;
+//!
+//! let mut display = MemoryDisplay::new(320, 200)?;
+//! clear(&mut display)?;
+//! assert_eq!(display.shown(0, 0), Some(Color::new(0, 0, 0xff)));
+//! let mut canvas = Canvas::of(&mut display)?;
+//! assert_eq!(canvas.set_pixel(320, 0, Color::WHITE), Err(DevError::InvalidParam));
+//! # }
+//! # Ok::<(), DevError>(())
+//! ```
+//!
+//! # Features
+//!
+//! * `alloc`: implements the traits for `Box<T>`.
+//! * `conformance`: the contract as code for any driver, in the module `conformance`.
+//! * `graphics`: [`Canvas`] is a `DrawTarget` of embedded-graphics.
+//! * `memory`: a display in memory, `memory::MemoryDisplay`. Needs `alloc`.
 
 #![no_std]
+#![deny(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(feature = "alloc")]
@@ -13,6 +45,7 @@ mod capabilities;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod forward;
+#[expect(unsafe_code, reason = "makes framebuffers of raw memory")]
 mod framebuffer;
 #[cfg(feature = "graphics")]
 mod graphics;
@@ -82,3 +115,8 @@ pub trait DisplayDriverOps: BaseDriverOps {
 
 /// Proves that the trait can be used behind a pointer.
 const _: Option<&dyn DisplayDriverOps> = None;
+
+/// The examples of the README, as tests.
+#[cfg(all(doctest, feature = "memory"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

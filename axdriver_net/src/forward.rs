@@ -102,6 +102,7 @@ impl<T: NetDriverOps + ?Sized> NetDriverOps for Box<T> {
 }
 
 #[cfg(test)]
+#[expect(unsafe_code, reason = "makes a buffer of no bytes")]
 mod tests {
     use axdriver_base::{BaseDriverOps, DevError, DeviceType};
 

@@ -1,6 +1,47 @@
 //! The contract between network card drivers and the stacks that use them.
+//!
+//! A driver implements [`NetDriverOps`]; a network stack takes anything that does. Frames cross it in buffers that
+//! belong to the driver, as [`NetBufPtr`], and a buffer that is dropped goes back there.
+//!
+//! ```
+//! use axdriver_net::{DevError, DevResult, NetDriverOps};
+//!
+//! /// Looks at all frames that have come in, and returns how many bytes they have.
+//! fn count_bytes<D: NetDriverOps + ?Sized>(nic: &mut D) -> DevResult<usize> {
+//!     let mut bytes = 0;
+//!     loop {
+//!         match nic.receive() {
+//!             Ok(frame) => {
+//!                 bytes += frame.packet_len();
+//!                 nic.recycle_rx_buffer(frame)?;
+//!             }
+//!             Err(DevError::Again) => return Ok(bytes),
+//!             Err(error) => return Err(error),
+//!         }
+//!     }
+//! }
+//! # #[cfg(feature = "loopback")]
+//! # {
+//! # use axdriver_net::{EthernetAddress, loopback::LoopbackNic};
+//!
+//! let mut nic = LoopbackNic::new(EthernetAddress([2, 0, 0, 0, 0, 1]), 4)?;
+//! let frame = nic.alloc_tx_buffer(60)?;
+//! nic.transmit(frame)?;
+//! assert_eq!(count_bytes(&mut nic), Ok(60));
+//! assert_eq!(nic.alloc_tx_buffer(1515).err(), Some(DevError::InvalidParam));
+//! # }
+//! # Ok::<(), DevError>(())
+//! ```
+//!
+//! # Features
+//!
+//! * `alloc` (default): `NetBuf` and `NetBufPool`; implements the traits for `Box<T>`.
+//! * `conformance`: the contract as code for any driver, in the module `conformance`. Needs `alloc`.
+//! * `loopback`: a network card that receives what it transmits, `loopback::LoopbackNic`. Needs `alloc`.
+//! * `smoltcp`: smoltcp over any driver, `smoltcp::SmoltcpDevice`. Needs `alloc`.
 
 #![no_std]
+#![deny(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(feature = "alloc")]
@@ -9,6 +50,7 @@ extern crate alloc;
 extern crate std;
 
 mod address;
+#[expect(unsafe_code, reason = "guards the ownership of frames")]
 mod buf;
 mod capabilities;
 #[cfg(feature = "conformance")]
@@ -17,6 +59,7 @@ mod forward;
 #[cfg(feature = "loopback")]
 pub mod loopback;
 #[cfg(feature = "alloc")]
+#[expect(unsafe_code, reason = "guards the memory that frames are in")]
 mod pool;
 #[cfg(feature = "smoltcp")]
 pub mod smoltcp;
@@ -124,3 +167,8 @@ pub trait NetDriverOps: BaseDriverOps {
 
 /// Proves that the trait can be used behind a pointer.
 const _: Option<&dyn NetDriverOps> = None;
+
+/// The examples of the README, as tests.
+#[cfg(all(doctest, feature = "loopback"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
