@@ -102,7 +102,7 @@ impl fmt::Display for QemuError {
         match self {
             Self::NotInstalled { program } => write!(
                 f,
-                "{} was not found: install {}, or name the program with {}",
+                "{} was not found: install {}, or name its directory in {}",
                 program.display(),
                 package_of(program),
                 super::PROGRAM_VARIABLE,
@@ -113,7 +113,7 @@ impl fmt::Display for QemuError {
                 needed,
             } => write!(
                 f,
-                "{} is version {version}, but {needed} or newer is needed: update it, or name a newer one with {}",
+                "{} is version {version}, but {needed} or newer is needed: update it, or name the directory of a newer one in {}",
                 program.display(),
                 super::PROGRAM_VARIABLE,
             ),
@@ -195,7 +195,7 @@ fn package_of(program: &Path) -> &'static str {
 /// Tells what a QEMU that ended before it was ready meant by its last words.
 ///
 /// `images` are the disk images that it was asked to open, in the order of their numbers.
-pub(super) fn refusal(complaint: &str, images: &[PathBuf]) -> QemuError {
+pub(crate) fn refusal(complaint: &str, images: &[Option<PathBuf>]) -> QemuError {
     let lines = || {
         complaint
             .lines()
@@ -215,7 +215,7 @@ pub(super) fn refusal(complaint: &str, images: &[PathBuf]) -> QemuError {
             Some(ImageFault::Missing)
         } else if about(&["Permission denied", "Read-only file system"]) {
             Some(ImageFault::Permission)
-        } else if about(&["lock"]) && complaint.contains("another process") {
+        } else if about(&["Failed to get \""]) && about(&["lock"]) {
             Some(ImageFault::InUse)
         } else if about(&["-blockdev"]) {
             Some(ImageFault::Format {
@@ -246,15 +246,15 @@ pub(super) fn refusal(complaint: &str, images: &[PathBuf]) -> QemuError {
 /// Returns which of `images` a complaint speaks of.
 ///
 /// Some faults name the file, others only the node, which carries the number of the image.
-fn image_in(complaint: &str, images: &[PathBuf]) -> Option<PathBuf> {
-    images
-        .iter()
-        .enumerate()
-        .find(|(number, path)| {
-            complaint.contains(&*path.to_string_lossy())
-                || complaint.contains(&format!("\"{}\"", super::options::file_node(*number)))
-        })
-        .map(|(_, path)| path.clone())
+fn image_in(complaint: &str, images: &[Option<PathBuf>]) -> Option<PathBuf> {
+    images.iter().enumerate().find_map(|(number, path)| {
+        let path = path.as_ref()?;
+        let named = complaint.contains(&*path.to_string_lossy())
+            || [super::options::file_node, super::options::disk_node]
+                .iter()
+                .any(|node| complaint.contains(&format!("\"{}\"", node(number))));
+        named.then(|| path.clone())
+    })
 }
 
 /// Drops the name of the program and the option from a line of QEMU's, which no caller wrote.
@@ -276,8 +276,8 @@ fn without_prefix(line: &str) -> &str {
 mod tests {
     use super::*;
 
-    fn images() -> Vec<PathBuf> {
-        vec!["/a.img".into(), "/b.img".into()]
+    fn images() -> Vec<Option<PathBuf>> {
+        vec![Some("/a.img".into()), Some("/b.img".into())]
     }
 
     #[test]

@@ -11,18 +11,16 @@
 //! let options = QemuOptions::new(QemuMachine::Aarch64Virt)
 //!     .disk(Disk::new("disk.img", ImageFormat::Raw).on(Bus::Mmio));
 //! let board = QemuBoard::start(&options)?;
-//! let _installed = board.install();
-//! let slot = board.slots()[0];
-//! let transport = machine::mmio_transport(slot.base, slot.size);
+//! let transport = board.mmio_slots()[0].transport();
 //! # let _ = transport;
 //! # Ok(())
 //! # }
 //! ```
 
 mod cable;
-mod error;
-mod options;
-mod picture;
+pub(crate) mod error;
+pub(crate) mod options;
+mod ppm;
 pub(crate) mod process;
 mod qmp;
 mod qtest;
@@ -39,15 +37,16 @@ use std::time::Duration;
 pub use cable::{Cable, MAX_FRAME};
 pub use error::{ImageFault, QemuError};
 pub use options::{
-    Bus, Disk, DiskOperation, Display, Fault, ImageFormat, MmioVersion, Nic, QemuMachine,
-    QemuOptions,
+    Bus, Disk, DiskOperation, Display, Fault, ImageFormat, Nic, QemuMachine, QemuOptions,
 };
-pub use picture::Picture;
 pub use qmp::Qmp;
 pub use qtest::{InterruptLine, Qtest};
 
-use crate::{Installed, Machine, Memory, RegisterBus};
-use options::FarEnd;
+use virtio_drivers::transport::pci::bus::{DeviceFunction, MmioCam, PciRoot};
+
+use crate::emulated::{Function, Image, Slot};
+use crate::{Installed, Machine, Memory, RegisterBus, pci_root};
+use options::{FarEnd, Place};
 use process::{Launch, Process};
 
 /// The environment variable that names the directory of QEMU's programs, when they are not in `PATH`.
@@ -63,33 +62,18 @@ const MINIMUM: ((u64, u64), &str) = ((6, 0), "6.0");
 const QUIT_LIMIT: Duration = Duration::from_secs(10);
 
 /// The address of the first virtio-mmio slot of `virt`, and the size of each, in bytes.
-const VIRT_MMIO: (u64, usize) = (0x0a00_0000, 0x200);
+const VIRT_MMIO: (usize, usize) = (0x0a00_0000, 0x200);
 
 /// The interrupt line, at the interrupt controller of `virt`, of its first virtio-mmio slot.
-const VIRT_MMIO_INTERRUPT: u32 = 16;
+const VIRT_MMIO_LINE: u32 = 16;
 
-/// Where q35 shows the configuration space of PCI once it is told so.
+/// Where `virt` with `highmem=off` has the configuration space of PCI, and room for BARs.
+const VIRT_ECAM: u64 = 0x3f00_0000;
+const VIRT_WINDOW: Range<u64> = 0x1000_0000..0x3eff_0000;
+
+/// Where q35 shows the configuration space of PCI once it is told so, and room for BARs above that.
 const Q35_ECAM: u64 = 0xb000_0000;
-
-/// A virtio-mmio slot.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Slot {
-    /// The guest-physical address of its registers.
-    pub base: u64,
-    /// The size of its registers, in bytes.
-    pub size: usize,
-    /// The number of its interrupt line.
-    pub interrupt: u32,
-}
-
-/// The PCI root of a board. No address is assigned in it.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct PciHost {
-    /// The guest-physical address of the memory-mapped configuration space (ECAM).
-    pub ecam: u64,
-    /// The guest-physical addresses that BARs may be given.
-    pub window: Range<u64>,
-}
+const Q35_WINDOW: Range<u64> = 0xc000_0000..0xfe00_0000;
 
 /// The registers of a machine in QEMU.
 #[derive(Debug)]
@@ -138,7 +122,7 @@ impl RegisterBus for QtestBus {
     }
 }
 
-/// A machine in QEMU, as a board.
+/// A machine in QEMU, as a board, installed on the thread that started it.
 ///
 /// Dropping it lets QEMU close its images and end; [`kill`](Self::kill) does not let it.
 #[derive(Debug)]
@@ -150,13 +134,14 @@ pub struct QemuBoard {
     qmp: Qmp,
     process: Process,
     cables: Vec<Option<Cable>>,
-    slots: Vec<Slot>,
-    pci: PciHost,
+    mmio_slots: Vec<Slot>,
+    pci_functions: Vec<Function>,
     /// Where QEMU writes the pictures that are asked of it.
     picture: File,
     /// The path of `picture`, as QEMU sees it.
     picture_path: String,
     intercepting: bool,
+    _installed: Installed,
 }
 
 impl QemuBoard {
@@ -165,20 +150,8 @@ impl QemuBoard {
     /// # Panics
     ///
     /// If it is not there although the environment variable [`REQUIRE_VARIABLE`] is `1`.
-    #[expect(
-        clippy::panic,
-        reason = "a test has no other way to fail, and this one is asked for"
-    )]
     pub fn missing(machine: QemuMachine) -> Option<String> {
-        let program = program(&QemuOptions::new(machine));
-        let error = match version_of(&program) {
-            Ok(version) => too_old(&program, version)?,
-            Err(error) => error,
-        };
-        if std::env::var_os(REQUIRE_VARIABLE).is_some_and(|value| value == "1") {
-            panic!("{REQUIRE_VARIABLE}=1, but {error}");
-        }
-        Some(format!("skipped: {error}"))
+        missing_program(&program(&QemuOptions::new(machine)))
     }
 
     /// Starts QEMU with these devices.
@@ -258,28 +231,25 @@ impl QemuBoard {
         let bus = Arc::new(QtestBus {
             state: Mutex::new(BusState { qtest, lost: None }),
         });
+        let machine = Machine::new(memory, bus.clone());
+        let (mmio_slots, pci_functions) = options.devices()?;
         Ok(Self {
-            machine: Machine::new(memory, bus.clone()),
+            _installed: machine.install(),
+            machine,
             kind,
             bus,
             qmp,
             process,
             cables,
-            slots: slots_of(kind),
-            pci: pci_of(kind),
+            mmio_slots,
+            pci_functions,
             picture,
             picture_path,
             intercepting: false,
         })
     }
 
-    /// Makes this the current thread's board, until the guard is dropped.
-    #[must_use = "the board is gone from the thread as soon as this is dropped"]
-    pub fn install(&self) -> Installed {
-        self.machine.install()
-    }
-
-    /// Returns the memory and the registers, for another thread to install.
+    /// Returns the machine, which can be installed on other threads too.
     pub fn machine(&self) -> &Machine {
         &self.machine
     }
@@ -289,14 +259,35 @@ impl QemuBoard {
         self.machine.memory()
     }
 
-    /// Returns the virtio-mmio slots, those without a device among them.
-    pub fn slots(&self) -> &[Slot] {
-        &self.slots
+    /// Returns the virtio-mmio slots, devices first in the order of the options. A PC has none.
+    pub fn mmio_slots(&self) -> &[Slot] {
+        &self.mmio_slots
     }
 
-    /// Returns the PCI root.
-    pub fn pci(&self) -> &PciHost {
-        &self.pci
+    /// Returns the PCI root, with virtio-drivers' memory-mapped access to configuration space. The BARs have no addresses yet.
+    pub fn pci(&self) -> PciRoot<MmioCam<'static>> {
+        pci_root(self.ecam())
+    }
+
+    /// Returns the address of the memory-mapped configuration space (ECAM).
+    pub fn ecam(&self) -> u64 {
+        match self.kind {
+            QemuMachine::Aarch64Virt => VIRT_ECAM,
+            QemuMachine::X86Q35 => Q35_ECAM,
+        }
+    }
+
+    /// Returns the addresses that BARs may be given.
+    pub fn pci_window(&self) -> Range<u64> {
+        match self.kind {
+            QemuMachine::Aarch64Virt => VIRT_WINDOW,
+            QemuMachine::X86Q35 => Q35_WINDOW,
+        }
+    }
+
+    /// Returns the functions with a virtio device, in the order of the options. There are others, such as the host bridge.
+    pub fn pci_functions(&self) -> &[Function] {
+        &self.pci_functions
     }
 
     /// Returns QEMU's version: major, minor, micro.
@@ -358,17 +349,6 @@ impl QemuBoard {
         Ok(())
     }
 
-    /// Returns the number of the interrupt line of a PCI device's first pin.
-    pub fn pci_interrupt(&self, device: u8) -> u32 {
-        let device = u32::from(device);
-        match self.kind {
-            // `virt` wires the four pins to lines 3 to 6, turned by one from device to device.
-            QemuMachine::Aarch64Virt => 3 + device % 4,
-            // q35 wires devices 0 to 24 to PIRQ E to H, which are lines 20 to 23.
-            QemuMachine::X86Q35 => 20 + device % 4,
-        }
-    }
-
     /// Returns the state of an interrupt line.
     ///
     /// # Errors
@@ -402,7 +382,7 @@ impl QemuBoard {
     /// # Errors
     ///
     /// As those of [`Qmp::execute`]; [`QemuError::Protocol`] if what QEMU wrote is no picture.
-    pub fn picture(&mut self, display: usize, head: u32) -> Result<Picture, QemuError> {
+    pub fn image(&mut self, display: usize, head: u32) -> Result<Image, QemuError> {
         self.picture.set_len(0)?;
         self.qmp
             .screendump(&format!("display{display}"), head, &self.picture_path)?;
@@ -410,7 +390,7 @@ impl QemuBoard {
             .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let mut bytes = vec![0; length];
         self.picture.read_exact_at(&mut bytes, 0)?;
-        Picture::from_ppm(&bytes).ok_or_else(|| QemuError::Protocol {
+        ppm::image(&bytes).ok_or_else(|| QemuError::Protocol {
             message: "no PPM for a picture".to_owned(),
         })
     }
@@ -460,6 +440,22 @@ fn inherited_path(number: i32) -> String {
 
 fn memory_file(name: &str) -> Result<File, QemuError> {
     Ok(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?.into())
+}
+
+/// Returns why a program of QEMU's does not serve, or `None` if it does.
+#[expect(
+    clippy::panic,
+    reason = "a test has no other way to fail, and this one is asked for"
+)]
+pub(crate) fn missing_program(program: &PathBuf) -> Option<String> {
+    let error = match version_of(program) {
+        Ok(version) => too_old(program, version)?,
+        Err(error) => error,
+    };
+    if std::env::var_os(REQUIRE_VARIABLE).is_some_and(|value| value == "1") {
+        panic!("{REQUIRE_VARIABLE}=1, but {error}");
+    }
+    Some(format!("skipped: {error}"))
 }
 
 /// Returns the program to start.
@@ -546,28 +542,48 @@ fn show_configuration_space(qtest: &mut Qtest) -> Result<(), QemuError> {
     qtest.write_port(0xcfc, base | 1)
 }
 
-fn slots_of(kind: QemuMachine) -> Vec<Slot> {
-    let (base, size) = VIRT_MMIO;
-    (0..kind.mmio_slots())
-        .zip((base..).step_by(size))
-        .zip(VIRT_MMIO_INTERRUPT..)
-        .map(|((_, base), interrupt)| Slot {
-            base,
-            size,
-            interrupt,
-        })
-        .collect()
-}
-
-fn pci_of(kind: QemuMachine) -> PciHost {
-    match kind {
-        QemuMachine::Aarch64Virt => PciHost {
-            ecam: 0x3f00_0000,
-            window: 0x1000_0000..0x3eff_0000,
-        },
-        QemuMachine::X86Q35 => PciHost {
-            ecam: Q35_ECAM,
-            window: 0xc000_0000..0xfe00_0000,
-        },
+impl QemuOptions {
+    /// Returns what the board has in its places.
+    fn devices(&self) -> Result<(Vec<Slot>, Vec<Function>), QemuError> {
+        let places = self.places()?;
+        let on_mmio = places
+            .iter()
+            .filter(|place| matches!(place, Place::MmioSlot(_)))
+            .count();
+        let (base, size) = VIRT_MMIO;
+        let slots = (0..self.machine.mmio_slots())
+            .zip((base..).step_by(size))
+            .zip(VIRT_MMIO_LINE..)
+            .map(|((number, base), line)| Slot {
+                base,
+                size,
+                line,
+                version: self.mmio,
+                device: (number < on_mmio).then_some(number),
+            })
+            .collect();
+        let functions = places
+            .iter()
+            .filter_map(|place| match place {
+                Place::PciDevice(number) => Some(*number),
+                Place::MmioSlot(_) => None,
+            })
+            .zip(on_mmio..)
+            .map(|(number, device)| Function {
+                address: DeviceFunction {
+                    bus: 0,
+                    device: number,
+                    function: 0,
+                },
+                line: match self.machine {
+                    // `virt` wires the four pins to lines 3 to 6, turned by one from device to device.
+                    QemuMachine::Aarch64Virt => 3 + u32::from(number) % 4,
+                    // q35 wires devices 0 to 24 to PIRQ E to H, which are lines 20 to 23.
+                    QemuMachine::X86Q35 => 20 + u32::from(number) % 4,
+                },
+                device,
+            })
+            .collect();
+        Ok((slots, functions))
     }
 }

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::QemuError;
 use super::process::Launch;
+use crate::emulated::Version;
 
 /// The machines of QEMU's that serve as a board.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -51,16 +52,6 @@ pub enum Bus {
     Mmio,
     /// The PCI root bus.
     Pci,
-}
-
-/// The layout of the registers of virtio-mmio slots.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum MmioVersion {
-    /// Version 1, from before the standard.
-    Legacy,
-    /// Version 2, of VirtIO 1.0 and later.
-    #[default]
-    Modern,
 }
 
 /// The format of a disk image.
@@ -207,10 +198,16 @@ macro_rules! device_methods {
 #[derive(Clone, Debug)]
 pub struct Disk {
     device: Device,
-    image: PathBuf,
-    format: ImageFormat,
+    image: Image,
     read_only: bool,
     faults: Vec<Fault>,
+}
+
+/// What a disk holds its blocks in.
+#[derive(Clone, Debug)]
+enum Image {
+    File { path: PathBuf, format: ImageFormat },
+    Null { size: u64 },
 }
 
 device_methods!(Disk);
@@ -218,12 +215,44 @@ device_methods!(Disk);
 impl Disk {
     /// A disk on the image at `path`, which QEMU opens for writing.
     pub fn new(path: impl Into<PathBuf>, format: ImageFormat) -> Self {
+        Self::on_image(Image::File {
+            path: path.into(),
+            format,
+        })
+    }
+
+    /// A disk of `size` bytes that reads as zeroes and forgets what is written, at no cost.
+    pub fn null(size: u64) -> Self {
+        Self::on_image(Image::Null { size })
+    }
+
+    fn on_image(image: Image) -> Self {
         Self {
             device: Device::new(),
-            image: path.into(),
-            format,
+            image,
             read_only: false,
             faults: Vec::new(),
+        }
+    }
+
+    /// Returns the path of the image, if the disk has one.
+    pub(crate) fn path(&self) -> Option<PathBuf> {
+        match &self.image {
+            Image::File { path, .. } => Some(path.clone()),
+            Image::Null { .. } => None,
+        }
+    }
+
+    /// Checks what QEMU's own check would not name well.
+    pub(crate) fn check(&self) -> Result<(), QemuError> {
+        match self.path() {
+            Some(path) if path.to_str().is_none() => Err(QemuError::Options {
+                message: format!(
+                    "disk image {}: QEMU takes no path that is not UTF-8; rename it",
+                    path.display()
+                ),
+            }),
+            _ => Ok(()),
         }
     }
 
@@ -329,7 +358,7 @@ pub struct QemuOptions {
     pub(super) machine: QemuMachine,
     pub(super) program: Option<PathBuf>,
     pub(super) memory_size: u64,
-    mmio: MmioVersion,
+    pub(super) mmio: Version,
     pub(super) disks: Vec<Disk>,
     pub(super) nics: Vec<Nic>,
     displays: Vec<Display>,
@@ -366,7 +395,7 @@ impl QemuOptions {
             machine,
             program: None,
             memory_size: 64 << 20,
-            mmio: MmioVersion::default(),
+            mmio: Version::Modern,
             disks: Vec::new(),
             nics: Vec::new(),
             displays: Vec::new(),
@@ -389,7 +418,7 @@ impl QemuOptions {
     }
 
     /// Sets the layout of the registers of all MMIO slots.
-    pub fn mmio(mut self, version: MmioVersion) -> Self {
+    pub fn mmio(mut self, version: Version) -> Self {
         self.mmio = version;
         self
     }
@@ -428,8 +457,8 @@ impl QemuOptions {
     }
 
     /// Returns the disk images, in the order of their numbers.
-    pub(super) fn images(&self) -> Vec<PathBuf> {
-        self.disks.iter().map(|disk| disk.image.clone()).collect()
+    pub(super) fn images(&self) -> Vec<Option<PathBuf>> {
+        self.disks.iter().map(Disk::path).collect()
     }
 
     /// Checks what QEMU's own check would not name well.
@@ -442,16 +471,7 @@ impl QemuOptions {
                 ),
             });
         }
-        for disk in &self.disks {
-            if disk.image.to_str().is_none() {
-                return Err(QemuError::Options {
-                    message: format!(
-                        "disk image {}: QEMU takes no path that is not UTF-8; rename it",
-                        disk.image.display()
-                    ),
-                });
-            }
-        }
+        self.disks.iter().try_for_each(Disk::check)?;
         self.places().map(|_| ())
     }
 
@@ -508,8 +528,8 @@ impl QemuOptions {
             .to_string(),
         );
         match self.mmio {
-            MmioVersion::Legacy => launch.option("-global", "virtio-mmio.force-legacy=true"),
-            MmioVersion::Modern => launch.option("-global", "virtio-mmio.force-legacy=false"),
+            Version::Legacy => launch.option("-global", "virtio-mmio.force-legacy=true"),
+            Version::Modern => launch.option("-global", "virtio-mmio.force-legacy=false"),
         };
         match self.machine {
             QemuMachine::Aarch64Virt => launch
@@ -602,46 +622,44 @@ impl QemuOptions {
 
 impl Disk {
     /// Returns QEMU's block nodes of this disk, the lowest first.
-    fn nodes(&self, number: usize) -> Vec<Value> {
-        let (file, format, top) = (
-            file_node(number),
-            format!("format{number}"),
-            disk_node(number),
-        );
+    pub(crate) fn nodes(&self, number: usize) -> Vec<Value> {
+        let (file, top) = (file_node(number), disk_node(number));
         let faulty = !self.faults.is_empty();
-        let mut nodes = vec![
-            json!({
-                "driver": "file",
-                "node-name": file,
-                "filename": absolute(&self.image),
-                "read-only": self.read_only,
-                "discard": "unmap",
-            }),
-            json!({
-                "driver": self.format.name(),
-                "node-name": if faulty { &format } else { &top },
-                "file": file,
-                "read-only": self.read_only,
-                "discard": "unmap",
-            }),
-        ];
+        let whole = if faulty {
+            format!("whole{number}")
+        } else {
+            top.clone()
+        };
+        let mut nodes = match &self.image {
+            Image::File { path, format } => vec![
+                json!({ "driver": "file", "node-name": file, "filename": absolute(path) }),
+                json!({ "driver": format.name(), "node-name": whole, "file": file }),
+            ],
+            Image::Null { size } => vec![json!({
+                "driver": "null-co", "node-name": whole, "size": size, "read-zeroes": true,
+            })],
+        };
         if faulty {
             let rules: Vec<_> = self.faults.iter().map(Fault::rule).collect();
             nodes.push(json!({
-                "driver": "blkdebug",
-                "node-name": top,
-                "image": format,
-                "read-only": self.read_only,
-                "discard": "unmap",
-                "inject-error": rules,
+                "driver": "blkdebug", "node-name": top, "image": whole, "inject-error": rules,
             }));
         }
+        for node in &mut nodes {
+            node["read-only"] = json!(self.read_only);
+            node["discard"] = json!("unmap");
+        }
         nodes
+    }
+
+    /// Returns whether the disk can only be read.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only
     }
 }
 
 /// Returns the name of the block node that a disk is on.
-pub(super) fn disk_node(number: usize) -> String {
+pub(crate) fn disk_node(number: usize) -> String {
     format!("disk{number}")
 }
 

@@ -1,0 +1,97 @@
+//! What can go wrong with a device behind a vhost-user socket.
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+/// Why a vhost-user device could not be had, or has gone.
+///
+/// Each is one line that names the culprit and says what to do.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum VhostUserError {
+    /// Nobody listens at the socket.
+    NotListening {
+        /// The socket.
+        address: String,
+        /// What the operating system says.
+        source: io::Error,
+    },
+    /// The back end closed the connection, or has ended.
+    Disconnected,
+    /// The back end did not answer in time. The connection is closed.
+    Silent {
+        /// The request.
+        request: &'static str,
+        /// For how long it was waited.
+        limit: Duration,
+    },
+    /// The back end turned a request down.
+    Refused {
+        /// The request.
+        request: &'static str,
+    },
+    /// The back end's answer is not in the protocol. The connection is closed.
+    Protocol {
+        /// The request.
+        request: &'static str,
+        /// What is wrong with the answer.
+        message: String,
+    },
+    /// The back end lacks something that the device cannot do without.
+    Unsuitable {
+        /// What it lacks.
+        message: &'static str,
+    },
+    /// The operating system refused a socket, an eventfd or a thread.
+    Host(io::Error),
+}
+
+impl fmt::Display for VhostUserError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotListening { address, source } => write!(
+                f,
+                "no vhost-user device at {address} ({source}): start its program first, or check the path"
+            ),
+            Self::Disconnected => f.write_str(
+                "the vhost-user device has gone: its program ended or closed the connection",
+            ),
+            Self::Silent { request, limit } => write!(
+                f,
+                "the vhost-user device did not answer {request} within {} ms: its program hangs, or is used by another",
+                limit.as_millis()
+            ),
+            Self::Refused { request } => {
+                write!(
+                    f,
+                    "the vhost-user device turned down {request}: its program's log may say why"
+                )
+            }
+            Self::Protocol { request, message } => write!(
+                f,
+                "the vhost-user device answered {request} with what is no answer: {message}"
+            ),
+            Self::Unsuitable { message } => {
+                write!(f, "the vhost-user device does not serve: {message}")
+            }
+            Self::Host(error) => write!(f, "vhost-user: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for VhostUserError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::NotListening { source, .. } => Some(source),
+            Self::Host(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+impl From<io::Error> for VhostUserError {
+    fn from(error: io::Error) -> Self {
+        Self::Host(error)
+    }
+}
