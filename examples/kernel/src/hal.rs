@@ -2,7 +2,7 @@
 
 use core::ptr::NonNull;
 
-use virtio_drivers::{BufferDirection, Hal as VirtIoHal, PhysAddr};
+use axdriver_virtio::{BufferDirection, PhysAddr, VirtIoHal};
 
 use crate::frames::{self, FRAME};
 use crate::paging;

@@ -4,12 +4,11 @@
 //! looks. Nothing looks at a device because a clock ticked, so a lost interrupt is a request that
 //! never ends: the wait is over at a deadline, and the run fails.
 
-use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
 
-use axdriver_base::InterruptCause;
+use axdriver_virtio::InterruptHandle;
 use spin::Mutex;
 
 use crate::arch::{Arch, Architecture};
@@ -20,13 +19,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 /// How many interrupts in a row may be nobody's before their line is masked.
 const MAX_STRAY: u32 = 1000;
 
-/// Acknowledges at a device, and returns what its interrupt meant.
-pub(crate) type Acknowledge = Box<dyn FnMut() -> InterruptCause + Send>;
-
 struct Source {
-    name: &'static str,
     line: u32,
-    acknowledge: Acknowledge,
+    handle: InterruptHandle<'static>,
+    /// How many interrupts were this device's.
     count: u32,
     /// How many interrupts of this line in a row were nobody's.
     stray: u32,
@@ -53,17 +49,27 @@ fn masked<R>(operation: impl FnOnce() -> R) -> R {
     result
 }
 
-/// Serves the interrupts of a device from now on.
-pub(crate) fn add_source(name: &'static str, line: u32, acknowledge: Acknowledge) {
+/// Serves the interrupts of a device from now on. Returns the number to ask [`count_of`] with.
+pub(crate) fn add_source(line: u32, handle: InterruptHandle<'static>) -> usize {
     masked(|| {
-        SOURCES.lock().push(Source {
-            name,
+        let mut sources = SOURCES.lock();
+        sources.push(Source {
             line,
-            acknowledge,
+            handle,
             count: 0,
             stray: 0,
         });
         Arch::set_line(line, true);
+        sources.len() - 1
+    })
+}
+
+/// Masks all lines for ever, so that every interrupt is lost; for a test.
+pub(crate) fn lose_all() {
+    masked(|| {
+        for source in SOURCES.lock().iter() {
+            Arch::set_line(source.line, false);
+        }
     });
 }
 
@@ -73,7 +79,7 @@ pub(crate) fn handle(line: u32) {
     let mut stray = 0;
     // A line may be shared: everybody on it is asked.
     for source in SOURCES.lock().iter_mut().filter(|source| source.line == line) {
-        if (source.acknowledge)().is_empty() {
+        if source.handle.acknowledge().is_empty() {
             source.stray += 1;
             stray = stray.max(source.stray);
         } else {
@@ -125,15 +131,9 @@ pub(crate) fn sleep_between_looks(_looks: u64) -> bool {
     interrupted
 }
 
-/// Calls `report` with each device's name, line and count of interrupts.
-pub(crate) fn for_each_source(mut report: impl FnMut(&str, u32, u32)) {
-    let sources = masked(|| {
-        let sources = SOURCES.lock();
-        sources.iter().map(|source| (source.name, source.line, source.count)).collect::<Vec<_>>()
-    });
-    for (name, line, count) in sources {
-        report(name, line, count);
-    }
+/// Returns how many interrupts of a source there were.
+pub(crate) fn count_of(source: usize) -> u32 {
+    masked(|| SOURCES.lock().get(source).map_or(0, |source| source.count))
 }
 
 /// Returns how many interrupts were nobody's, and how many ticks there were.

@@ -8,19 +8,34 @@
 extern crate alloc;
 
 mod arch;
+mod checksum;
 mod console;
+mod devices;
+mod disk;
+mod display;
 mod error;
 mod frames;
 mod hal;
 mod heap;
 mod interrupts;
 mod machine;
+mod network;
 mod paging;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "the host's examples draw the same test card, and more of it"
+)]
+#[path = "../../src/picture.rs"]
+mod picture;
 mod registers;
 mod tree;
 
+use alloc::{format, string::String, vec::Vec};
+
 use arch::{Arch, Architecture, PageTables};
-use error::Result;
+use devices::{Device, Devices, Place};
+use error::{Error, Result};
 use machine::{Boot, Description, Machine};
 use tree::Tree;
 
@@ -54,10 +69,45 @@ fn run(boot: &Boot) -> Result {
     start_memory(boot)?;
     let machine = Machine::discover(boot)?;
     Arch::start_interrupts(tree.as_ref())?;
-    println!("{} {}", machine.slots.len(), machine.pci.is_some());
-    interrupts::sleep_until(0, Arch::now() + core::time::Duration::from_secs(1));
-    println!("{:?} {:?}", interrupts::strays_and_ticks(), Arch::now());
-    Ok(())
+    let mut devices = Devices::find(&machine)?;
+    if boot.command_line.split_whitespace().any(|word| word == "lose-interrupts") {
+        interrupts::lose_all();
+    }
+
+    let mut lines = Vec::new();
+    let mut result = Ok(());
+    let mut note = |kind, place: Place, source, name: &str, outcome: Result<String>| {
+        let text = match outcome {
+            Ok(text) => format!("ok: {text}"),
+            Err(error) => {
+                result = Err(error);
+                format!("failed: {error}")
+            }
+        };
+        let count = interrupts::count_of(source);
+        lines.push(format!("{kind} {place}, {name}: {count} interrupts; {text}"));
+    };
+    for Device { place, source, driver } in &mut devices.disks {
+        let outcome = disk::work(driver.as_mut());
+        note("disk", *place, *source, driver.device_name(), outcome);
+    }
+    for Device { place, source, driver } in &mut devices.displays {
+        let outcome = display::work(driver.as_mut());
+        note("display", *place, *source, driver.device_name(), outcome);
+    }
+    for Device { place, source, driver } in &mut devices.nics {
+        let outcome = network::work(driver.as_mut());
+        note("net", *place, *source, driver.device_name(), outcome);
+    }
+    for line in &lines {
+        println!("{line}");
+    }
+    let (strays, ticks) = interrupts::strays_and_ticks();
+    println!("interrupts: {} of devices, {strays} stray, {ticks} ticks", interrupts::count());
+    if lines.is_empty() {
+        return Err(Error::Machine("no device"));
+    }
+    result
 }
 
 /// Puts memory to use and starts the heap.

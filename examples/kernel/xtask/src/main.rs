@@ -1,1 +1,120 @@
-fn main(){}
+//! Builds the kernel, boots it under QEMU's emulation and checks what it did.
+
+mod boards;
+#[path = "../../src/checksum.rs"]
+mod checksum;
+mod compile;
+mod image;
+mod qemu;
+mod screen;
+
+use std::process::ExitCode;
+
+use boards::{BOARDS, Board};
+
+/// What can go wrong here: anything, said in a line.
+type Result<T = (), E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+const HELP: &str = "\
+Builds the kernel, boots it under QEMU's emulation and checks what it did.
+
+Usage: cargo kernel COMMAND
+
+  run NAME       boots the boards whose name begins with NAME, and shows their console
+  test [NAME]    boots all of them, and one whose interrupts are lost, and shows what fails
+  build NAME     only builds, and prints the kernel's path
+  boards         lists the boards
+
+A boot makes a disk image, serves a page, calls the echo server, and compares the picture. It is
+killed after 30 s. Pictures and images are left in the target directory, under `boots`.
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["run", name] => chosen(name).and_then(|boards| run(&boards)),
+        ["test"] => chosen("").and_then(|boards| test(&boards)),
+        ["test", name] => chosen(name).and_then(|boards| test(&boards)),
+        ["build", name] => chosen(name).and_then(|boards| build(&boards)),
+        ["boards"] => {
+            for board in BOARDS {
+                println!("{:<16} {}", board.name, board.about);
+            }
+            Ok(())
+        }
+        ["serve-page", path] => qemu::serve_page(path),
+        ["--help" | "-h" | "help"] => {
+            print!("{HELP}");
+            Ok(())
+        }
+        _ => Err(format!("this is not a command\n\n{HELP}").into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Returns the boards whose name begins with `name`.
+fn chosen(name: &str) -> Result<Vec<&'static Board>> {
+    let boards: Vec<_> = BOARDS
+        .iter()
+        .filter(|board| board.name.starts_with(name))
+        .collect();
+    if boards.is_empty() {
+        let names: Vec<_> = BOARDS.iter().map(|board| board.name).collect();
+        return Err(format!("no board {name}; there are {}", names.join(", ")).into());
+    }
+    Ok(boards)
+}
+
+fn build(boards: &[&Board]) -> Result {
+    for board in boards {
+        println!("{}", compile::kernel(board.architecture)?.display());
+    }
+    Ok(())
+}
+
+fn run(boards: &[&Board]) -> Result {
+    for board in boards {
+        let kernel = compile::kernel(board.architecture)?;
+        println!("== {}", board.name);
+        let seconds = qemu::boot(board, &kernel, qemu::Console::Shown)?;
+        println!("== {}: ok, {seconds:.1} s", board.name);
+    }
+    Ok(())
+}
+
+fn test(boards: &[&Board]) -> Result {
+    let mut failed = Vec::new();
+    for board in boards {
+        let kernel = compile::kernel(board.architecture)?;
+        match qemu::boot(board, &kernel, qemu::Console::OnFailure) {
+            Ok(seconds) => println!("{:<32} ok, {seconds:.1} s", board.name),
+            Err(error) => {
+                println!("{:<32} FAILED: {error}", board.name);
+                failed.push(board.name);
+            }
+        }
+        if !board.command_line {
+            continue;
+        }
+        let name = format!("{}, interrupts lost", board.name);
+        match qemu::boot_without_interrupts(board, &kernel) {
+            Ok(seconds) => println!("{name:<32} ok, {seconds:.1} s"),
+            Err(error) => {
+                println!("{name:<32} FAILED: {error}");
+                failed.push(board.name);
+            }
+        }
+    }
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("failed: {}", failed.join(", ")).into())
+    }
+}

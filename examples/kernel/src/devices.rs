@@ -1,0 +1,179 @@
+//! The disks, network cards and displays of this machine.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::fmt;
+
+use axdriver_base::{BaseDriverOps, DevResult, DeviceType};
+use axdriver_block::BlockDriverOps;
+use axdriver_display::DisplayDriverOps;
+use axdriver_net::NetDriverOps;
+use axdriver_virtio::{
+    InterruptHandle, PciRangeAllocator, Transport, VirtIoBlkDev, VirtIoGpuDev, VirtIoNetDev,
+    WaitPolicy,
+    pci::{Cam, ConfigurationAccess, DeviceFunction, MmioCam, PciRoot},
+    probe_mmio_device, probe_pci_bus,
+};
+
+use crate::error::{Error, Result};
+use crate::hal::KernelHal;
+use crate::machine::{Machine, MmioSlot, PciHost};
+use crate::{interrupts, paging, println};
+
+/// How the drivers wait: asleep, and for every interrupt at most [`interrupts::PATIENCE`].
+const ASLEEP: WaitPolicy = WaitPolicy::new()
+    .with_max_polls(u64::MAX)
+    .with_relax(interrupts::sleep_between_looks);
+
+/// How many frames a network card holds in each direction.
+const NET_QUEUE: usize = 64;
+
+/// The size of the configuration space of one bus.
+const BUS_SIZE: usize = 1 << 20;
+
+/// Where a device is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Place {
+    /// At these registers.
+    Mmio(u64),
+    /// At this PCI function.
+    Pci(DeviceFunction),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mmio(base) => write!(formatter, "mmio {base:#x}"),
+            Self::Pci(function) => write!(formatter, "pci {function}"),
+        }
+    }
+}
+
+/// A device and its driver.
+pub(crate) struct Device<D: ?Sized> {
+    /// Where the device is.
+    pub(crate) place: Place,
+    /// Its interrupts; see [`interrupts::count_of`].
+    pub(crate) source: usize,
+    /// Its driver.
+    pub(crate) driver: Box<D>,
+}
+
+/// What was found, by kind.
+#[derive(Default)]
+pub(crate) struct Devices {
+    /// The disks.
+    pub(crate) disks: Vec<Device<dyn BlockDriverOps>>,
+    /// The network cards.
+    pub(crate) nics: Vec<Device<dyn NetDriverOps>>,
+    /// The displays.
+    pub(crate) displays: Vec<Device<dyn DisplayDriverOps>>,
+}
+
+impl Devices {
+    /// Looks for devices everywhere, and starts a driver for each.
+    ///
+    /// # Errors
+    ///
+    /// * [`Error::Device`]: a device was found that does not start.
+    /// * [`Error::Machine`]: nobody knows where a device's interrupt goes.
+    /// * [`Error::Memory`]: there is none for it.
+    pub(crate) fn find(machine: &Machine) -> Result<Self> {
+        let mut devices = Self::default();
+        for slot in &machine.slots {
+            devices.look_at_slot(*slot)?;
+        }
+        if let Some(host) = &machine.pci {
+            devices.walk_pci(host)?;
+        }
+        Ok(devices)
+    }
+
+    fn look_at_slot(&mut self, slot: MmioSlot) -> Result {
+        let registers = paging::map_registers(slot.base, slot.size)?;
+        // SAFETY: the machine's description says that a virtio-mmio slot lies there, and each slot
+        // is looked at once.
+        let found = unsafe { probe_mmio_device(registers.as_ptr(), slot.size) };
+        let Some((kind, mut transport)) = found else {
+            return Ok(());
+        };
+        let interrupt = transport.split_interrupt();
+        self.start(Place::Mmio(slot.base), kind, transport, interrupt, slot.line)
+    }
+
+    /// Walks bus 0; a kernel that expects bridges would walk theirs as well.
+    fn walk_pci(&mut self, host: &PciHost) -> Result {
+        let registers = paging::map_registers(host.configuration, BUS_SIZE)?;
+        // SAFETY: the machine's description says that the configuration space lies there. Only that
+        // of bus 0 is mapped, and no other is accessed.
+        let configuration = unsafe { MmioCam::new(registers.as_ptr(), Cam::Ecam) };
+        // SAFETY: the copy only reads, and only registers that nobody writes.
+        let reader = unsafe { configuration.unsafe_clone() };
+        let mut window = host
+            .window
+            .as_ref()
+            .map(|window| PciRangeAllocator::new(window.start, window.end - window.start));
+        let mut root = PciRoot::new(configuration);
+        for (function, kind, mut transport) in
+            probe_pci_bus::<KernelHal, _>(&mut root, 0, window.as_mut())
+        {
+            // Interrupt Line and Interrupt Pin (PCI Local Bus Specification 3.0, 6.2.4).
+            let [line, pin, ..] = reader.read_word(function, 0x3c).to_le_bytes();
+            let line = host
+                .lines
+                .line(function.device, pin, line)
+                .ok_or(Error::Machine("nobody knows the line of a PCI function"))?;
+            let interrupt = transport.split_interrupt();
+            self.start(Place::Pci(function), kind, transport, interrupt, line)?;
+        }
+        Ok(())
+    }
+
+    /// Starts the driver for a device. From here on the device interrupts, and the driver sleeps.
+    fn start<T: Transport + Send + Sync + 'static>(
+        &mut self,
+        place: Place,
+        kind: DeviceType,
+        transport: T,
+        interrupt: Option<InterruptHandle<'static>>,
+        line: u32,
+    ) -> Result {
+        let interrupt = interrupt.ok_or(Error::Machine("a device without interrupt"))?;
+        let source = interrupts::add_source(line, interrupt);
+        match kind {
+            DeviceType::Block => {
+                let mut driver = VirtIoBlkDev::<KernelHal, T>::try_new(transport)
+                    .map_err(|error| Error::Device("a disk does not start", error))?;
+                interrupting(&mut driver)?;
+                driver.set_wait_policy(ASLEEP);
+                let driver = Box::new(driver);
+                self.disks.push(Device { place, source, driver });
+            }
+            DeviceType::Net => {
+                let mut driver = VirtIoNetDev::<KernelHal, T, NET_QUEUE>::try_new(transport)
+                    .map_err(|error| Error::Device("a network card does not start", error))?;
+                interrupting(&mut driver)?;
+                let driver = Box::new(driver);
+                self.nics.push(Device { place, source, driver });
+            }
+            DeviceType::Display => {
+                let mut driver = VirtIoGpuDev::<KernelHal, T>::try_new(transport)
+                    .map_err(|error| Error::Device("a display does not start", error))?;
+                interrupting(&mut driver)?;
+                driver.set_wait_policy(ASLEEP);
+                let driver = Box::new(driver);
+                self.displays.push(Device { place, source, driver });
+            }
+            _ => println!("{place}: nothing here drives a {kind:?}"),
+        }
+        Ok(())
+    }
+}
+
+/// Asks a device for interrupts.
+fn interrupting(driver: &mut dyn BaseDriverOps) -> Result {
+    let answer: DevResult<bool> = driver.enable_interrupts();
+    answer
+        .map(|_| ())
+        .map_err(|error| Error::Device("a device does not interrupt", error))
+}

@@ -1,0 +1,103 @@
+//! The boards: what QEMU is told, and what its exit status then means.
+
+/// A machine with a disk, a network card and a display.
+#[derive(Debug)]
+pub(crate) struct Board {
+    /// Its name: the architecture's, and what is special about it.
+    pub(crate) name: &'static str,
+    /// A line about it.
+    pub(crate) about: &'static str,
+    /// The architecture.
+    pub(crate) architecture: &'static str,
+    /// QEMU's options for the machine.
+    pub(crate) machine: &'static [&'static str],
+    /// Whether the devices are on PCI, rather than on virtio-mmio.
+    pub(crate) pci: bool,
+    /// Whether the kernel is told the command line.
+    pub(crate) command_line: bool,
+    /// QEMU's exit status when the kernel says that all is well, and when it says that it is not.
+    pub(crate) status: (i32, i32),
+}
+
+const MODERN: &str = "virtio-mmio.force-legacy=false";
+const LEGACY: &str = "virtio-mmio.force-legacy=true";
+
+/// All boards.
+pub(crate) const BOARDS: &[Board] = &[
+    Board {
+        name: "x86_64-q35",
+        about: "a PC: PCI, its BARs assigned by the firmware",
+        architecture: "x86_64",
+        machine: &["-M", "q35", "-cpu", "max", "-m", "256M", "-device", PC_EXIT],
+        pci: true,
+        command_line: true,
+        status: PC_STATUS,
+    },
+    Board {
+        name: "x86_64-microvm",
+        about: "a PC without PCI: virtio-mmio (modern) by the command line",
+        architecture: "x86_64",
+        machine: &[
+            "-M", "microvm,acpi=off", "-cpu", "max", "-m", "256M", "-device", PC_EXIT, "-global", MODERN,
+        ],
+        pci: false,
+        command_line: true,
+        status: PC_STATUS,
+    },
+    Board {
+        name: "aarch64-mmio",
+        about: "virt: virtio-mmio (modern) by the device tree",
+        architecture: "aarch64",
+        machine: &[
+            "-M", "virt", "-cpu", "max", "-m", "256M", "-global", MODERN,
+            "-semihosting-config", "enable=on,target=native",
+        ],
+        pci: false,
+        command_line: true,
+        status: (0, 1),
+    },
+    Board {
+        name: "aarch64-pci",
+        about: "virt: PCI by the device tree, its BARs assigned by the kernel",
+        architecture: "aarch64",
+        machine: &[
+            "-M", "virt", "-cpu", "cortex-a57", "-m", "512M",
+            "-semihosting-config", "enable=on,target=native",
+        ],
+        pci: true,
+        command_line: true,
+        status: (0, 1),
+    },
+    Board {
+        name: "riscv64-mmio",
+        about: "virt: virtio-mmio (legacy) by the device tree",
+        architecture: "riscv64",
+        machine: &["-M", "virt", "-m", "256M", "-global", LEGACY],
+        pci: false,
+        command_line: true,
+        status: (0, 1),
+    },
+    Board {
+        name: "riscv64-pci",
+        about: "virt: PCI by the device tree, its BARs assigned by the kernel",
+        architecture: "riscv64",
+        machine: &["-M", "virt", "-m", "256M"],
+        pci: true,
+        command_line: true,
+        status: (0, 1),
+    },
+    Board {
+        name: "loongarch64-pci",
+        about: "virt: PCI by the device tree, its BARs assigned by the kernel",
+        architecture: "loongarch64",
+        machine: &["-M", "virt", "-cpu", "la464-loongarch-cpu", "-m", "2G"],
+        pci: true,
+        command_line: false,
+        // The machine has no way to end with a status.
+        status: (0, 0),
+    },
+];
+
+/// Writing v to this ends QEMU with the status (v << 1) | 1.
+const PC_EXIT: &str = "isa-debug-exit,iobase=0xf4,iosize=0x04";
+const PC_STATUS: (i32, i32) = (0x10 << 1 | 1, 0x11 << 1 | 1);

@@ -1,0 +1,339 @@
+//! A boot: QEMU is started, spoken to, visited, and its end judged.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::boards::Board;
+use crate::checksum::checksum;
+use crate::{Result, compile, image, screen};
+
+/// How long a boot may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How many of the console's last lines are shown when something is wrong.
+const LAST_LINES: usize = 25;
+/// What the kernel prints when it waits for a visitor.
+const READY: &str = "net: echo on port 7";
+/// The length of the page and of what the visitor says, in bytes.
+const PAGE: usize = 300_000;
+const SPEECH: usize = 200_000;
+
+/// When the console is shown.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Console {
+    /// As it comes.
+    Shown,
+    /// Its last lines, when something is wrong.
+    OnFailure,
+}
+
+/// QEMU, which is killed when this is dropped.
+struct Qemu {
+    child: Child,
+    lines: Receiver<String>,
+    console: Console,
+    /// What the console has said so far.
+    said: Vec<String>,
+    started: Instant,
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Boots a board, checks all that it did, and returns how many seconds it took.
+///
+/// # Errors
+///
+/// Something is wrong, or takes too long; the console's last lines are then printed.
+pub(crate) fn boot(board: &Board, kernel: &Path, console: Console) -> Result<f64> {
+    let directory = directory(board)?;
+    let (disk, page) = (directory.join("disk.img"), directory.join("page.bin"));
+    image::create(&disk)?;
+    let content = bytes(PAGE, 1);
+    std::fs::write(&page, &content)?;
+
+    let mut qemu = Qemu::start(board, kernel, &directory, "", console)?;
+    let result = (|| {
+        qemu.wait_for(READY)?;
+        let mut monitor = Monitor::connect(&directory.join("qmp"))?;
+        let picture = directory.join("screen.ppm");
+        let answer = monitor.execute(&format!(
+            r#"{{"execute":"screendump","arguments":{{"filename":"{}","device":"gpu0"}}}}"#,
+            picture.display()
+        ));
+        answer?;
+        screen::compare(&std::fs::read(&picture)?, board.architecture)?;
+        disturb(&mut monitor)?;
+        visit(monitor.echo_port()?)?;
+        qemu.wait_for_end(board.status.0)?;
+        qemu.expect(&format!("page of {PAGE} bytes, sum {:08x}", checksum(&content)))?;
+        let (name, theirs) = image::THEIRS;
+        qemu.expect(&format!("{name} {} bytes, sum {:08x}", theirs.len(), checksum(theirs)))?;
+        qemu.expect(&format!("echoed {SPEECH} bytes"))?;
+        if qemu.said.last().is_none_or(|line| line != "kernel: ok") {
+            return Err("the last line is not `kernel: ok`".into());
+        }
+        image::check(&disk)
+    })();
+    qemu.conclude(result)
+}
+
+/// Boots a board whose interrupts are lost; it must notice, say so and end, and no clock must hide it.
+///
+/// # Errors
+///
+/// It does not.
+pub(crate) fn boot_without_interrupts(board: &Board, kernel: &Path) -> Result<f64> {
+    let directory = directory(board)?;
+    image::create(&directory.join("disk.img"))?;
+    std::fs::write(directory.join("page.bin"), b"")?;
+    let mut qemu = Qemu::start(board, kernel, &directory, "lose-interrupts", Console::OnFailure)?;
+    let result = (|| {
+        qemu.wait_for_end(board.status.1)?;
+        qemu.expect("interrupts: 0 of devices")?;
+        if qemu.said.iter().any(|line| line.contains(": ok")) {
+            return Err("something went well without interrupts".into());
+        }
+        Ok(())
+    })();
+    qemu.conclude(result)
+}
+
+fn directory(board: &Board) -> Result<PathBuf> {
+    let directory = compile::target_directory().join("boots").join(board.name);
+    std::fs::create_dir_all(&directory)?;
+    Ok(std::path::absolute(directory)?)
+}
+
+impl Qemu {
+    fn start(
+        board: &Board,
+        kernel: &Path,
+        directory: &Path,
+        command_line: &str,
+        console: Console,
+    ) -> Result<Self> {
+        let program = format!("qemu-system-{}", board.architecture);
+        let socket = directory.join("qmp");
+        // It may be there from an earlier boot.
+        let _ = std::fs::remove_file(&socket);
+        let bus = if board.pci { "pci" } else { "device" };
+        let server = std::env::current_exe()?;
+        let page = directory.join("page.bin");
+        let mut command = Command::new(&program);
+        command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-accel", "tcg"]);
+        command.args(["-display", "none", "-serial", "stdio"]);
+        command.args(board.machine).arg("-kernel").arg(kernel);
+        if board.command_line {
+            command.args(["-append", command_line]);
+        }
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
+        command.arg("-drive").arg(format!(
+            "if=none,id=disk0,format=raw,file={}",
+            directory.join("disk.img").display()
+        ));
+        // The guest sees nothing but these two: a page, and its own port from the host.
+        command.arg("-netdev").arg(format!(
+            "user,id=net0,restrict=on,hostfwd=tcp:127.0.0.1:0-:7,\
+             guestfwd=tcp:10.0.2.100:80-cmd:'{}' serve-page '{}'",
+            server.display(),
+            page.display()
+        ));
+        let cable = format!("virtio-net-{bus},id=nic0,netdev=net0");
+        command.arg("-device").arg(format!("virtio-blk-{bus},drive=disk0"));
+        command.arg("-device").arg(cable);
+        command.arg("-device").arg(format!("virtio-gpu-{bus},id=gpu0"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command
+            .spawn()
+            .map_err(|error| format!("{program}: {error}; on Debian, see qemu-system-*"))?;
+        let output = child.stdout.take().ok_or("QEMU has no output")?;
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(output).split(b'\n') {
+                let Ok(line) = line else {
+                    break;
+                };
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self {
+            child,
+            lines,
+            console,
+            said: Vec::new(),
+            started: Instant::now(),
+        })
+    }
+
+    /// Returns the console's next line, or `None` at its end.
+    fn next_line(&mut self) -> Result<Option<&str>> {
+        let left = PATIENCE.saturating_sub(self.started.elapsed());
+        match self.lines.recv_timeout(left) {
+            Ok(line) => {
+                if self.console == Console::Shown {
+                    println!("{line}");
+                }
+                self.said.push(line);
+                Ok(self.said.last().map(String::as_str))
+            }
+            Err(RecvTimeoutError::Disconnected) => Ok(None),
+            Err(RecvTimeoutError::Timeout) => Err(format!("it hangs: {PATIENCE:?} are over").into()),
+        }
+    }
+
+    fn wait_for(&mut self, text: &str) -> Result {
+        while let Some(line) = self.next_line()? {
+            if line.contains(text) {
+                return Ok(());
+            }
+        }
+        Err(format!("it ended without `{text}`").into())
+    }
+
+    fn wait_for_end(&mut self, status: i32) -> Result {
+        while self.next_line()?.is_some() {}
+        let code = self.child.wait()?.code();
+        if code != Some(status) {
+            return Err(format!("QEMU's status is {code:?}, not {status}").into());
+        }
+        Ok(())
+    }
+
+    fn expect(&self, text: &str) -> Result {
+        if self.said.iter().any(|line| line.contains(text)) {
+            return Ok(());
+        }
+        Err(format!("the console never said `{text}`").into())
+    }
+
+    fn conclude(self, result: Result) -> Result<f64> {
+        if result.is_err() && self.console == Console::OnFailure {
+            let first = self.said.len().saturating_sub(LAST_LINES);
+            for line in &self.said[first..] {
+                println!("    | {line}");
+            }
+        }
+        result.map(|()| self.started.elapsed().as_secs_f64())
+    }
+}
+
+/// QEMU's monitor (QMP): a line of JSON each way.
+struct Monitor {
+    lines: BufReader<UnixStream>,
+}
+
+impl Monitor {
+    fn connect(socket: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut monitor = Self {
+            lines: BufReader::new(stream),
+        };
+        monitor.execute(r#"{"execute":"qmp_capabilities"}"#)?;
+        Ok(monitor)
+    }
+
+    /// Executes a command and returns the line that answers it.
+    fn execute(&mut self, command: &str) -> Result<String> {
+        writeln!(self.lines.get_mut(), "{command}")?;
+        loop {
+            let mut line = String::new();
+            if self.lines.read_line(&mut line)? == 0 {
+                return Err("QEMU's monitor is gone".into());
+            }
+            // Beside answers there are greetings and events.
+            if line.starts_with(r#"{"return""#) {
+                return Ok(line);
+            }
+            if line.starts_with(r#"{"error""#) {
+                return Err(format!("{command}: {line}").into());
+            }
+        }
+    }
+
+    /// Returns the port of the host that leads to the kernel's echo server.
+    fn echo_port(&mut self) -> Result<u16> {
+        let answer = self.execute(
+            r#"{"execute":"human-monitor-command","arguments":{"command-line":"info usernet"}}"#,
+        )?;
+        // TCP[HOST_FORWARD]  12  127.0.0.1  43210  10.0.2.15  7  0  0
+        let row = answer.split("TCP[HOST_FORWARD]").nth(1).ok_or("no forwarded port")?;
+        Ok(row.split_whitespace().nth(2).ok_or("no forwarded port")?.parse()?)
+    }
+}
+
+/// Does to the board what can happen to one: its cable is pulled and put back, its disk grows.
+fn disturb(monitor: &mut Monitor) -> Result {
+    for up in [false, true] {
+        monitor.execute(&format!(
+            r#"{{"execute":"set_link","arguments":{{"name":"nic0","up":{up}}}}}"#
+        ))?;
+    }
+    monitor.execute(
+        r#"{"execute":"block_resize","arguments":{"device":"disk0","size":33554432}}"#,
+    )?;
+    Ok(())
+}
+
+/// Speaks to the kernel's echo server, and hears whether everything comes back.
+fn visit(port: u16) -> Result {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let speech = bytes(SPEECH, 2);
+    let mut speaker = stream.try_clone()?;
+    let spoken = speech.clone();
+    let speaking = thread::spawn(move || {
+        speaker.write_all(&spoken).and_then(|()| speaker.shutdown(Shutdown::Write))
+    });
+    let mut heard = Vec::new();
+    stream.read_to_end(&mut heard)?;
+    speaking.join().map_err(|_| "the speaker failed")??;
+    if heard != speech {
+        return Err(format!("the echo is wrong: {} of {SPEECH} bytes came back", heard.len()).into());
+    }
+    Ok(())
+}
+
+/// Answers one request for a page, from standard input to standard output. QEMU starts a process
+/// for each connection that the guest makes.
+///
+/// # Errors
+///
+/// There is no page at `path`, or the guest is gone.
+pub(crate) fn serve_page(path: &str) -> Result {
+    let mut input = BufReader::new(std::io::stdin().lock());
+    let mut line = String::new();
+    while input.read_line(&mut line)? > 0 && !line.trim_end().is_empty() {
+        line.clear();
+    }
+    let page = std::fs::read(path)?;
+    let mut output = std::io::stdout().lock();
+    write!(output, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", page.len())?;
+    output.write_all(&page)?;
+    Ok(output.flush()?)
+}
+
+/// Returns bytes that look random; another `seed` makes others.
+fn bytes(length: usize, seed: u32) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state.to_be_bytes()[0]
+    };
+    (0..length).map(|_| next()).collect()
+}
