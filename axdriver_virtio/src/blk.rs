@@ -1,6 +1,6 @@
 //! The disk driver: what to say over a virtqueue to a block device (VirtIO 1.3, 5.2).
 
-use core::{ptr::NonNull, sync::atomic::Ordering};
+use core::ptr::NonNull;
 
 use axdriver_base::{BaseDriverOps, DevError, DevResult, DeviceType, InterruptCause};
 use axdriver_block::{BlockCapabilities, BlockDriverOps, check_request, check_write};
@@ -48,7 +48,7 @@ const STATUS_OK: u8 = 0;
 const STATUS_IOERR: u8 = 1;
 const STATUS_UNSUPP: u8 = 2;
 /// What the driver writes where the device is to write the status.
-const STATUS_NONE: u8 = 0xff;
+const STATUS_NONE: u32 = 0xff;
 
 /// Where the header and the status of the request in flight are, in the memory for them.
 const HEADER: usize = 0;
@@ -134,7 +134,7 @@ impl<H: Hal, T: Transport> VirtIoBlkDev<H, T> {
         let mut disk = Self {
             lifecycle: Lifecycle::new("virtio-blk", transport, wait),
             queue: VirtQueue::new(QUEUE)?,
-            request: Dma::new(STATUS + 1, BufferDirection::Both)?,
+            request: Dma::new(STATUS + 4, BufferDirection::Both)?,
             capacity: 0,
             block_size: 0,
             max_request: 0,
@@ -283,9 +283,7 @@ impl<H: Hal, T: Transport> VirtIoBlkDev<H, T> {
         self.request.store_le32(HEADER, kind);
         self.request.store_le32(HEADER + 4, 0);
         self.request.store_le64(HEADER + 8, sector);
-        self.request
-            .u8(STATUS)
-            .store(STATUS_NONE, Ordering::Relaxed);
+        self.request.store_le32(STATUS, STATUS_NONE);
         let header = Segment {
             paddr: self.request.paddr(HEADER),
             len: HEADER_LEN,
@@ -351,7 +349,7 @@ impl<H: Hal, T: Transport> VirtIoBlkDev<H, T> {
     /// Says what the status of a request means that was answered with `written` bytes, of which
     /// `data` should be data.
     fn check_completion(&self, written: u32, data: usize) -> DevResult {
-        let status = self.request.u8(STATUS).load(Ordering::Relaxed);
+        let [status, ..] = self.request.load_le32(STATUS).to_le_bytes();
         match status {
             // 2.7.8.2: beyond what the device wrote, nothing is known. A legacy device does not
             // say how much that is.

@@ -3,7 +3,7 @@
 use core::{
     marker::PhantomData,
     ptr::NonNull,
-    sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering},
+    sync::atomic::{AtomicU16, AtomicU32, Ordering},
 };
 
 use axdriver_base::{DevError, DevResult};
@@ -82,22 +82,16 @@ impl<H: Hal> Dma<H> {
         unsafe { self.vaddr.byte_add(offset) }.cast()
     }
 
-    /// Returns the byte at `offset`.
-    pub(crate) fn u8(&self, offset: usize) -> &AtomicU8 {
-        // SAFETY: `at` gives a valid, aligned pointer (`vaddr` is page-aligned) into memory that
-        // lives as long as `self` and is only accessed atomically.
-        unsafe { AtomicU8::from_ptr(self.at::<u8>(offset).as_ptr()) }
-    }
-
     /// Returns the 16-bit word at `offset`, a multiple of 2.
     pub(crate) fn u16(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: as in `u8`.
+        // SAFETY: `at` gives a valid, aligned pointer (`vaddr` is page-aligned) into memory that
+        // lives as long as `self` and is only accessed atomically.
         unsafe { AtomicU16::from_ptr(self.at::<u16>(offset).as_ptr()) }
     }
 
     /// Returns the 32-bit word at `offset`, a multiple of 4.
     pub(crate) fn u32(&self, offset: usize) -> &AtomicU32 {
-        // SAFETY: as in `u8`.
+        // SAFETY: as in `u16`.
         unsafe { AtomicU32::from_ptr(self.at::<u32>(offset).as_ptr()) }
     }
 

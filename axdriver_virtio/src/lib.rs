@@ -7,7 +7,8 @@
 //!
 //! # From a register address to a block read back
 //!
-//! ```
+#![cfg_attr(feature = "block", doc = "```")]
+#![cfg_attr(not(feature = "block"), doc = "```ignore")]
 //! use axdriver_base::{DevError, DevResult, DeviceType};
 //! use axdriver_block::BlockDriverOps;
 //! use axdriver_virtio::{VirtIoBlkDev, VirtIoHal, probe_mmio_device};
@@ -36,9 +37,9 @@
 //! }
 //!
 //! // On this computer a board is emulated; a kernel has an address from its device tree instead.
-//! use machine::{MachineHal, emulated::{Board, Disk}};
-//! let board = Board::emulated().mmio(Disk::memory(1 << 20)).build()?;
-//! let registers = board.mmio_slots()[0].registers();
+//! use machine::{Board, MachineHal, emulated::{Disk, Version}};
+//! let board = Board::emulated().mmio(Version::Modern, Disk::memory(1 << 20)).build()?;
+//! let registers = board.mmio_slots()[0].pointer();
 //! // SAFETY: the board's first slot, which nobody else uses.
 //! assert_eq!(unsafe { start::<MachineHal>(registers) }?, [0x5a; 512]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())

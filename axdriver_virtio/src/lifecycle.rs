@@ -36,6 +36,7 @@ impl Features {
     }
 
     /// Returns the set of the one feature `bit`.
+    #[cfg(any(feature = "block", feature = "net"))]
     pub(crate) const fn bit(bit: u32) -> Self {
         Self(1 << bit)
     }
@@ -239,6 +240,7 @@ impl<T: Transport> Lifecycle<T> {
 
     /// Returns whether the device may still use memory that it was told of, though it was told to
     /// reset.
+    #[cfg(any(feature = "block", feature = "net"))]
     pub(crate) fn is_stuck(&self) -> bool {
         self.state == State::Stuck
     }
@@ -252,6 +254,7 @@ impl<T: Transport> Lifecycle<T> {
         self.transport.requires_legacy_layout()
     }
 
+    #[cfg(any(feature = "block", feature = "net"))]
     pub(crate) fn features(&self) -> Features {
         self.features
     }

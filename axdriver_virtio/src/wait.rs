@@ -66,6 +66,7 @@ impl WaitPolicy {
     }
 
     /// Looks until `look` finds something, or returns `None` when the wait is over.
+    #[cfg(any(feature = "block", feature = "gpu"))]
     pub(crate) fn until<R>(&self, look: impl FnMut(u64) -> Option<R>) -> Option<R> {
         self.until_at_most(self.max_polls, look)
     }
