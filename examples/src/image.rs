@@ -46,6 +46,28 @@ impl Image {
         })
     }
 
+    /// Makes a picture of these pixels, row by row from the top.
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::new`], and if there are too few or too many pixels.
+    pub fn from_pixels(
+        width: u32,
+        height: u32,
+        pixels: impl IntoIterator<Item = Rgb888>,
+    ) -> anyhow::Result<Self> {
+        let mut image = Self::new(width, height)?;
+        let count = image.pixels.len();
+        image.pixels.clear();
+        image.pixels.extend(pixels.into_iter().take(count + 1));
+        ensure!(
+            image.pixels.len() == count,
+            "{width}x{height} are not {} pixels",
+            image.pixels.len()
+        );
+        Ok(image)
+    }
+
     /// Reads a PNG file. What is transparent is laid over black.
     ///
     /// # Errors

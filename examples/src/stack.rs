@@ -73,14 +73,26 @@ impl<D: Device, T: Time> Stack<D, T> {
         }
     }
 
-    /// Returns the NIC's adaptor.
-    pub fn device_mut(&mut self) -> &mut D {
-        &mut self.device
-    }
-
-    /// Returns the clock.
-    pub fn time_mut(&mut self) -> &mut T {
-        &mut self.time
+    /// Replaces the clock, by one that shows the same time or a later one.
+    pub fn with_time<U: Time>(self, time: U) -> Stack<D, U> {
+        let Self {
+            device,
+            interface,
+            sockets,
+            server,
+            next_port,
+            next_ping,
+            ..
+        } = self;
+        Stack {
+            device,
+            time,
+            interface,
+            sockets,
+            server,
+            next_port,
+            next_ping,
+        }
     }
 
     /// Serves `page` on port 80 from now on.

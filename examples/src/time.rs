@@ -19,6 +19,16 @@ pub trait Time {
     fn pass(&mut self, until: Option<Instant>);
 }
 
+impl<T: Time + ?Sized> Time for Box<T> {
+    fn now(&self) -> Instant {
+        (**self).now()
+    }
+
+    fn pass(&mut self, until: Option<Instant>) {
+        (**self).pass(until);
+    }
+}
+
 /// A clock that stands still until somebody moves it. Clones show the same time.
 ///
 /// With devices that answer at once, a program that waits on this clock never sleeps, and does the same in each run.
@@ -36,6 +46,11 @@ impl SimulatedClock {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Moves the clock to `now`, if that is ahead.
+    pub fn set(&self, now: Instant) {
+        self.now.fetch_max(now.total_micros(), Ordering::Relaxed);
     }
 
     /// Moves the clock to `until`, if that is ahead, and a step at most.

@@ -1,0 +1,328 @@
+//! Drives a disk image: lists its partitions and files, copies files in and out, fills and checks it.
+
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+use anyhow::{Context, bail, ensure};
+use axdriver_block::BlockDriverOps;
+use clap::Parser;
+use examples::{
+    board::{Map, Place, Transport},
+    fat::{self, BlockStream},
+    partition::{self, Partition, Scheme},
+    report::{self, Table},
+    work,
+};
+use machine::{Board, Disk};
+
+/// Drives a raw disk image through a virtio disk.
+///
+/// Without further options, the partitions and the files of FAT file systems are listed, and the image is opened for
+/// reading only.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// The image: a raw one, as `truncate -s 64M disk.img` makes it.
+    #[arg(long, value_name = "PATH")]
+    disk: PathBuf,
+
+    /// How the disk is joined to the board.
+    #[arg(long, value_enum, default_value_t)]
+    transport: Transport,
+
+    /// The partition to work on. Needed only where there are several with FAT.
+    #[arg(long, value_name = "NUMBER")]
+    partition: Option<usize>,
+
+    /// Copies a file of the host into the image.
+    #[arg(long, num_args = 2, value_names = ["HOST_FILE", "DISK_FILE"], action = clap::ArgAction::Append)]
+    copy_in: Vec<PathBuf>,
+
+    /// Copies a file of the image to the host.
+    #[arg(long, num_args = 2, value_names = ["DISK_FILE", "HOST_FILE"], action = clap::ArgAction::Append)]
+    copy_out: Vec<PathBuf>,
+
+    /// Makes an empty FAT file system on the whole image.
+    #[arg(long, requires = "destroy_all_data", conflicts_with_all = ["verify", "partition"])]
+    format: bool,
+
+    /// Fills the whole image with a pattern, and checks that it holds it.
+    #[arg(long, requires = "destroy_all_data", conflicts_with_all = ["copy_in", "copy_out", "partition"])]
+    verify: bool,
+
+    /// Says that all that is in the image may be lost, which --format and --verify ask for.
+    #[arg(long)]
+    destroy_all_data: bool,
+
+    /// Shows what the drivers log. Twice: all of it.
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    report::log_to_stderr(args.verbose);
+    report::run(|| drive(&args))
+}
+
+fn drive(args: &Args) -> anyhow::Result<()> {
+    let path = &args.disk;
+    check_image(path)?;
+    let changes = args.format || args.verify || !args.copy_in.is_empty();
+    let disk = if changes {
+        Disk::file(path)
+    } else {
+        Disk::file_read_only(path)
+    };
+    let disk = disk.with_context(|| format!("cannot open {}", path.display()))?;
+    let board = args
+        .transport
+        .plug(Board::emulated().without_watch(), disk)
+        .build()?;
+    let map = Map::from(&board);
+    let found = map.probe();
+    let place = found
+        .first()
+        .context("the disk is not found on the board")?
+        .place;
+
+    if args.verify {
+        return verify(&map, place);
+    }
+    if args.format {
+        let mut stream = BlockStream::new(map.start_disk(place)?)?;
+        fat::format(&mut stream, "axdriver")?;
+        println!("formatted {}", path.display());
+    }
+    copy(&map, place, args)?;
+    if args.copy_in.is_empty() && args.copy_out.is_empty() {
+        list(&map, place, path)?;
+    }
+    Ok(())
+}
+
+/// Refuses what is no raw disk image, with a reason.
+fn check_image(path: &Path) -> anyhow::Result<()> {
+    let name = path.display();
+    let mut file = File::open(path).with_context(|| format!("cannot open {name}"))?;
+    ensure!(
+        !file.metadata()?.is_dir(),
+        "{name} is a directory, not a disk image"
+    );
+    let size = file
+        .seek(SeekFrom::End(0))
+        .with_context(|| format!("cannot tell the size of {name}"))?;
+    ensure!(
+        size >= 512,
+        "{name} is no disk image: it has {size} bytes, less than a block of 512"
+    );
+    file.rewind()?;
+    let mut magic = [0; 4];
+    file.read_exact(&mut magic)
+        .with_context(|| format!("cannot read {name}"))?;
+    ensure!(
+        magic != *b"QFI\xfb",
+        "{name} is a qcow2 image, only raw ones are understood: `qemu-img convert -O raw {name} disk.img` makes one"
+    );
+    if !size.is_multiple_of(512) {
+        log::warn!(
+            "the last {} bytes of {name} are no whole block, and are not on the disk",
+            size % 512
+        );
+    }
+    Ok(())
+}
+
+/// Prints what is on the disk.
+fn list(map: &Map, place: Place, path: &Path) -> anyhow::Result<()> {
+    let mut disk = map.start_disk(place)?;
+    let (blocks, block_size) = (disk.num_blocks(), disk.block_size());
+    let size = report::size(blocks.saturating_mul(block_size as u64));
+    let access = if disk.capabilities().read_only {
+        "read-only"
+    } else {
+        "writable"
+    };
+    println!(
+        "{}: {size}, {blocks} blocks of {block_size} bytes, {access}",
+        path.display()
+    );
+
+    let (scheme, partitions) = partition::read_table(&mut disk)?;
+    println!("{scheme}");
+    if scheme == Scheme::Whole {
+        let fs = fat::open(BlockStream::new(disk)?);
+        let fs = fs.with_context(|| {
+            format!(
+                "{} holds no partition table and no FAT file system",
+                path.display()
+            )
+        })?;
+        println!("\n{:?}", fs.fat_type());
+        return print_files(&fat::list(&fs)?);
+    }
+    let mut table = Table::new(["number", "first block", "blocks", "size", "type", "name"]);
+    for Partition {
+        number,
+        first_block,
+        blocks,
+        kind,
+        name,
+    } in &partitions
+    {
+        let size = report::size(blocks.saturating_mul(block_size as u64));
+        table.row([
+            number.to_string(),
+            first_block.to_string(),
+            blocks.to_string(),
+            size,
+            kind.clone(),
+            name.clone(),
+        ]);
+    }
+    print!("\n{table}");
+    for Partition {
+        number,
+        first_block,
+        blocks,
+        ..
+    } in partitions
+    {
+        // Most partitions hold something else.
+        let Ok(fs) = fat::open(BlockStream::range(&mut disk, first_block, blocks)?) else {
+            continue;
+        };
+        println!("\npartition {number}: {:?}", fs.fat_type());
+        print_files(&fat::list(&fs)?)?;
+    }
+    Ok(())
+}
+
+fn print_files(entries: &[fat::Entry]) -> anyhow::Result<()> {
+    if entries.is_empty() {
+        println!("no files");
+    }
+    let size = |entry: &fat::Entry| {
+        entry
+            .size
+            .map_or_else(|| "-".to_owned(), |size| size.to_string())
+    };
+    let width = entries
+        .iter()
+        .map(|entry| size(entry).len())
+        .max()
+        .unwrap_or(0);
+    for entry in entries {
+        let slash = if entry.size.is_none() { "/" } else { "" };
+        println!("{:>width$}  {}{slash}", size(entry), entry.path);
+    }
+    Ok(())
+}
+
+/// Copies files as asked, each with a driver of its own.
+fn copy(map: &Map, place: Place, args: &Args) -> anyhow::Result<()> {
+    for pair in args.copy_in.chunks_exact(2) {
+        let (source, target) = (&pair[0], disk_path(&pair[1])?);
+        let mut file =
+            File::open(source).with_context(|| format!("cannot open {}", source.display()))?;
+        let metadata = file.metadata()?;
+        ensure!(!metadata.is_dir(), "{} is a directory", source.display());
+        let fs = open_fat(map, place, args)?;
+        let bar = report::progress(metadata.len(), "copying");
+        let copied = fat::write_file(&fs, target, &mut file, &mut |bytes| bar.set_position(bytes))?;
+        bar.finish_and_clear();
+        fs.unmount().context("cannot flush the file system")?;
+        println!("copied {} to {target}, {copied} bytes", source.display());
+    }
+    for pair in args.copy_out.chunks_exact(2) {
+        let (source, target) = (disk_path(&pair[0])?, &pair[1]);
+        let fs = open_fat(map, place, args)?;
+        // The host's file is made only when there is something to put in it.
+        let size = fs
+            .root_dir()
+            .open_file(source.trim_matches('/'))
+            .and_then(|mut file| file.seek(SeekFrom::End(0)));
+        let size = size.with_context(|| format!("cannot open {source} on the disk"))?;
+        let mut file =
+            File::create(target).with_context(|| format!("cannot create {}", target.display()))?;
+        let bar = report::progress(size, "copying");
+        let copied = fat::read_file(&fs, source, &mut file, &mut |bytes| bar.set_position(bytes))?;
+        bar.finish_and_clear();
+        println!("copied {source} to {}, {copied} bytes", target.display());
+    }
+    Ok(())
+}
+
+fn disk_path(path: &Path) -> anyhow::Result<&str> {
+    path.to_str()
+        .with_context(|| format!("FAT has no name for {}", path.display()))
+}
+
+type Fat = fatfs::FileSystem<BlockStream<Box<dyn BlockDriverOps>>>;
+
+/// Opens the FAT file system that is meant.
+fn open_fat(map: &Map, place: Place, args: &Args) -> anyhow::Result<Fat> {
+    let mut disk = map.start_disk(place)?;
+    let (scheme, partitions) = partition::read_table(&mut disk)?;
+    if scheme == Scheme::Whole && args.partition.is_none() {
+        return fat::open(BlockStream::new(disk)?);
+    }
+    let mut suitable = Vec::new();
+    for partition in partitions {
+        let wanted = args
+            .partition
+            .is_none_or(|number| number == partition.number);
+        if wanted
+            && fat::open(BlockStream::range(
+                &mut disk,
+                partition.first_block,
+                partition.blocks,
+            )?)
+            .is_ok()
+        {
+            suitable.push(partition);
+        }
+    }
+    match (suitable.as_slice(), args.partition) {
+        ([one], _) => fat::open(BlockStream::range(disk, one.first_block, one.blocks)?),
+        ([], None) => bail!("no partition holds a FAT file system"),
+        ([], Some(number)) => bail!("there is no partition {number} with a FAT file system"),
+        (several, _) => {
+            let numbers: Vec<String> = several
+                .iter()
+                .map(|partition| partition.number.to_string())
+                .collect();
+            bail!(
+                "partitions {} hold FAT file systems: choose one with --partition",
+                numbers.join(", ")
+            )
+        }
+    }
+}
+
+/// Fills the disk, starts the driver afresh, and compares.
+fn verify(map: &Map, place: Place) -> anyhow::Result<()> {
+    let mut disk = map.start_disk(place)?;
+    let bytes = disk.num_blocks().saturating_mul(disk.block_size() as u64);
+    for step in [work::Step::Fill, work::Step::Check] {
+        let bar = report::progress(bytes, step.name());
+        let start = Instant::now();
+        work::verify(&mut disk, step, &mut |bytes| bar.set_position(bytes))?;
+        bar.finish_and_clear();
+        println!(
+            "{}: {}, {}",
+            step.name(),
+            report::size(bytes),
+            report::rate(bytes, start.elapsed())
+        );
+        drop(disk);
+        disk = map.start_disk(place)?;
+    }
+    println!("all {} blocks hold what was written", disk.num_blocks());
+    Ok(())
+}
