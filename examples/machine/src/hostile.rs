@@ -99,6 +99,9 @@ pub enum Fault {
     /// The display is 65536 by 16385 pixels, whose bytes overflow 32 bits.
     DisplayHuge,
 
+    /// Before each usable virtio capability there is one with a reserved BAR, and one of a reserved type comes first. A driver
+    /// has to find its way all the same (4.1.4.1).
+    CapabilityDecoys,
     /// The PCI capability list leads back into itself.
     CapabilityLoop,
     /// The PCI capability list leads to the last word of configuration space, which is a virtio capability that does not fit.
@@ -118,6 +121,9 @@ pub enum Fault {
 /// When a device may misbehave.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Occasion {
+    /// Any access, of which only a fault by name is counted.
+    Access,
+    /// A register is read.
     Register,
     Reset,
     Negotiation,
@@ -178,6 +184,7 @@ impl Fault {
         Self::GpuResponseShort,
         Self::DisplayEmpty,
         Self::DisplayHuge,
+        Self::CapabilityDecoys,
         Self::CapabilityLoop,
         Self::CapabilityOffEnd,
         Self::BarReserved(6),
@@ -190,7 +197,8 @@ impl Fault {
 
     pub(crate) fn occasion(self) -> Occasion {
         match self {
-            Self::Vanish | Self::RegisterGarbage => Occasion::Register,
+            Self::Vanish => Occasion::Access,
+            Self::RegisterGarbage => Occasion::Register,
             Self::ResetIgnored | Self::ResetSlow | Self::CompleteAfterReset => Occasion::Reset,
             Self::FeaturesRefused => Occasion::Negotiation,
             Self::Version1Withheld => Occasion::Features,
@@ -216,7 +224,8 @@ impl Fault {
             Self::NetBuffersWrong | Self::FrameRunt | Self::FrameOversized => Occasion::Frame,
             Self::GpuResponseType | Self::GpuResponseShort => Occasion::GpuResponse,
             Self::DisplayEmpty | Self::DisplayHuge => Occasion::DisplayInfo,
-            Self::CapabilityLoop
+            Self::CapabilityDecoys
+            | Self::CapabilityLoop
             | Self::CapabilityOffEnd
             | Self::BarReserved(_)
             | Self::OffsetWraps
@@ -357,6 +366,9 @@ impl Hostile {
         if due.is_some() {
             return due;
         }
+        if occasion == Occasion::Access {
+            return None;
+        }
         let choice = match &mut self.source {
             Source::None => return None,
             Source::Seed { state, one_in } => {
@@ -383,7 +395,11 @@ impl Hostile {
         } else {
             &self.pool
         };
-        let mut fitting = pool.iter().filter(|fault| fault.occasion() == occasion);
+        // What is left to chance vanishes when it is read.
+        let mut fitting = pool.iter().filter(|fault| match fault.occasion() {
+            Occasion::Access => occasion == Occasion::Register,
+            other => other == occasion,
+        });
         let count = fitting.clone().count();
         if count == 0 {
             None

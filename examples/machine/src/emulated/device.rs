@@ -269,6 +269,8 @@ struct Held {
 struct Lifecycle {
     /// FEATURES_OK was set, and the status read since.
     features_ok_read: bool,
+    /// The status was read with DEVICE_NEEDS_RESET.
+    needs_reset_read: bool,
     /// A reset was written, and the status has not been read as 0 since.
     reset_unread: bool,
     /// The reads of the generation that frame reads of wide fields.
@@ -650,7 +652,7 @@ impl Core {
 
     /// Decides whether the device vanishes or lies at this access. Returns what a register reads as instead of the truth.
     pub(crate) fn disturb(&mut self) -> Option<u32> {
-        if self.state.gone {
+        if self.vanishes() {
             return Some(u32::MAX);
         }
         match self.state.fault(Occasion::Register)? {
@@ -660,6 +662,12 @@ impl Core {
             }
             _ => Some(self.state.options.hostile.number()),
         }
+    }
+
+    /// Decides whether the device vanishes at this access, or is gone already.
+    pub(crate) fn vanishes(&mut self) -> bool {
+        self.state.gone |= self.state.fault(Occasion::Access).is_some();
+        self.state.gone
     }
 
     pub(crate) fn offered(&self) -> u64 {
@@ -728,6 +736,7 @@ impl Core {
         let state = &mut self.state;
         let value = state.status;
         state.lifecycle.features_ok_read = true;
+        state.lifecycle.needs_reset_read = value & status::DEVICE_NEEDS_RESET != 0;
         if value == 0 {
             state.lifecycle.reset_unread = false;
             state.retired.clear();
@@ -989,6 +998,12 @@ impl Core {
             state.violation("GEN-25", format!("rang for queue {queue} before DRIVER_OK"));
             return;
         }
+        if state.lifecycle.needs_reset_read {
+            state.violation(
+                "GEN-04",
+                format!("rang for queue {queue} of a device that needs a reset"),
+            );
+        }
         if !state.is_live() {
             return;
         }
@@ -1117,7 +1132,7 @@ impl Core {
                 let id = match self.model.kind() {
                     1 => "NET-02",
                     16 => "GPU-01",
-                    _ => "MMIO-01",
+                    _ => state.by_transport("MMIO-01", "PCI-09"),
                 };
                 state.violation(
                     id,
@@ -1130,6 +1145,12 @@ impl Core {
                     format!("configuration written at {offset:#x} before FEATURES_OK"),
                 );
             }
+        } else if self.model.kind() == 2
+            && offset == 32
+            && state.status & status::FEATURES_OK == 0
+            && !state.is_legacy()
+        {
+            state.violation("BLK-04", "writeback read before FEATURES_OK");
         } else if field.is_wide() && !state.is_legacy() {
             if !state.lifecycle.generation_read {
                 state.violation(
@@ -1143,6 +1164,7 @@ impl Core {
     }
 
     pub(crate) fn read_config(&mut self, offset: u64, width: u8) -> u64 {
+        let width = width.min(8);
         self.note_change();
         self.check_config(offset, width, false);
         self.state.event(Event::ConfigRead {

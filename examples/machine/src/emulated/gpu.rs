@@ -553,7 +553,7 @@ fn gather(
         let here = usize::try_from(len - offset).map_or(bytes.len(), |rest| rest.min(bytes.len()));
         let (part, rest) = bytes.split_at_mut(here);
         if memory
-            .read_slice(part, GuestAddress(address + offset))
+            .read_slice(part, GuestAddress(address.wrapping_add(offset)))
             .is_err()
         {
             return false;

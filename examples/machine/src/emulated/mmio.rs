@@ -177,7 +177,7 @@ impl MmioSlot {
 
     pub(crate) fn write(&mut self, core: &mut Core, offset: u64, width: u8, value: u64) {
         core.state.counters.writes += 1;
-        if core.state.gone {
+        if core.vanishes() {
             return;
         }
         if offset >= CONFIG {

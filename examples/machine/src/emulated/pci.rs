@@ -209,7 +209,7 @@ impl PciFunction {
                 }
                 core.note_change();
                 let cause = core.state.interrupt;
-                core.acknowledge(u32::MAX);
+                core.acknowledge(cause.into());
                 cause.into()
             }
             CONFIG..NOTIFY => core.read_config(offset - CONFIG, width),
@@ -280,7 +280,7 @@ impl PciFunction {
 
     pub(crate) fn write_bar(&mut self, core: &mut Core, offset: u64, width: u8, value: u64) {
         core.state.counters.writes += 1;
-        if core.state.gone {
+        if core.vanishes() {
             return;
         }
         match offset {
@@ -449,16 +449,26 @@ fn capabilities(core: &mut Core) -> [u8; 256] {
     let config_len = core.config_len();
     let mut space = [0; 256];
     let mut at = CAPABILITIES;
-    let list = [
-        (1, COMMON, COMMON_LEN, 16_u8),
-        (2, NOTIFY, NOTIFY_LEN, 20),
-        (3, ISR, 1, 16),
-        (4, CONFIG, config_len.max(4), 16),
+    let mut list = vec![
+        (1, COMMON, COMMON_LEN, 16_u8, BAR_INDEX),
+        (2, NOTIFY, NOTIFY_LEN, 20, BAR_INDEX),
+        (3, ISR, 1, 16, BAR_INDEX),
     ];
-    for (kind, offset, length, len) in list {
+    if config_len > 0 {
+        list.push((4, CONFIG, config_len, 16, BAR_INDEX));
+    }
+    if fault == Some(Fault::CapabilityDecoys) {
+        // 4.1.4.1: a reserved type, reserved BARs, and a structure longer than its capability needs.
+        list.insert(0, (9, 0, 64, 16, BAR_INDEX));
+        list.insert(1, (1, 0, 64, 16, 7));
+        list.insert(2, (2, 0, 64, 24, 6));
+        list.insert(3, (3, 0, 64, 16, 255));
+    }
+    let count = list.len();
+    for (index, (kind, offset, length, len, bar)) in list.into_iter().enumerate() {
         let next = at + len;
-        let last = kind == 4;
-        let mut bar = BAR_INDEX;
+        let last = index + 1 == count;
+        let mut bar = bar;
         let (mut offset, mut length) =
             ((offset & 0xffff_ffff) as u32, (length & 0xffff_ffff) as u32);
         match fault {

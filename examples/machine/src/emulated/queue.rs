@@ -150,11 +150,12 @@ impl DeviceQueue {
         let size = u64::from(self.size);
         let align = u64::from(self.align.max(1));
         let descriptors = u64::from(self.page) * u64::from(page_size);
-        let driver = descriptors + 16 * size;
+        let driver = descriptors.wrapping_add(16 * size);
+        let end = driver.wrapping_add(6 + 2 * size);
         self.layout = Layout {
             descriptors,
             driver,
-            device: (driver + 6 + 2 * size).div_ceil(align) * align,
+            device: end.div_ceil(align).wrapping_mul(align),
         };
     }
 
@@ -206,7 +207,10 @@ impl DeviceQueue {
             return;
         };
         let used = queue.next_used();
-        let slot = self.layout.device + 4 + 8 * u64::from(used % queue.size());
+        let slot = self
+            .layout
+            .device
+            .wrapping_add(4 + 8 * u64::from(used % queue.size()));
         let element = u64::from(id) | u64::from(len) << 32;
         // As in `complete`.
         let _ = memory.write_obj(element.to_le(), GuestAddress(slot));
@@ -214,7 +218,7 @@ impl DeviceQueue {
         queue.set_next_used(next);
         let _ = memory.store(
             next.to_le(),
-            GuestAddress(self.layout.device + 2),
+            GuestAddress(self.layout.device.wrapping_add(2)),
             Ordering::Release,
         );
         self.untold += 1;
@@ -230,7 +234,12 @@ impl DeviceQueue {
     /// Returns the head in slot `index` of the available ring.
     pub(crate) fn avail_head(&self, memory: &GuestMemoryMmap, index: u16) -> Option<u16> {
         let size = self.live.as_ref()?.size();
-        load(memory, self.layout.driver + 4 + 2 * u64::from(index % size))
+        load(
+            memory,
+            self.layout
+                .driver
+                .wrapping_add(4 + 2 * u64::from(index % size)),
+        )
     }
 
     /// Returns the flags of the available ring.
@@ -247,7 +256,9 @@ impl DeviceQueue {
     pub(crate) fn avail_event(&self, memory: &GuestMemoryMmap) -> Option<u16> {
         load(
             memory,
-            self.layout.device + 4 + 8 * u64::from(self.live.as_ref()?.size()),
+            self.layout
+                .device
+                .wrapping_add(4 + 8 * u64::from(self.live.as_ref()?.size())),
         )
     }
 
