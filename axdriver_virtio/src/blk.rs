@@ -331,19 +331,7 @@ impl<H: Hal, T: Transport> VirtIoBlkDev<H, T> {
         // returns, and for good if the device is then stuck.
         unsafe { self.queue.add(readable, writable) }?;
         self.queue.submit(self.lifecycle.live()?);
-        let wait = self.lifecycle.wait;
-        let used = wait.until(|looks| match self.queue.pop() {
-            Ok(Some(used)) => Some(Ok(used)),
-            Ok(None) => self.lifecycle.check_sometimes(looks).err().map(Err),
-            Err(_) => {
-                self.lifecycle.fail("its queue is broken");
-                Some(Err(DevError::Io))
-            }
-        });
-        used.unwrap_or_else(|| {
-            self.lifecycle.fail("it has not answered in time");
-            Err(DevError::Io)
-        })
+        self.lifecycle.complete(&mut self.queue)
     }
 
     /// Says what the status of a request means that was answered with `written` bytes, of which

@@ -10,7 +10,7 @@ use crate::{
     dma::Dma,
     interrupt::cause,
     lifecycle::{Features, Lifecycle},
-    queue::{Segment, Used, VirtQueue},
+    queue::{Segment, VirtQueue},
 };
 
 /// `controlq` (5.7.2).
@@ -287,7 +287,7 @@ impl<H: Hal, T: Transport> VirtIoGpuDev<H, T> {
         // They are carried out in order, but may be given back in any.
         let mut written = [0; SLOTS];
         for _ in commands {
-            let used = self.complete()?;
+            let used = self.lifecycle.complete(&mut self.control)?;
             let slot = tokens.iter().position(|&token| token == used.token);
             if let Some(written) = slot.and_then(|slot| written.get_mut(slot)) {
                 *written = used.len;
@@ -306,23 +306,6 @@ impl<H: Hal, T: Transport> VirtIoGpuDev<H, T> {
             paddr: self.commands.paddr(offset),
             len: len as u32,
         }
-    }
-
-    /// Waits for a command to be done.
-    fn complete(&mut self) -> DevResult<Used> {
-        let wait = self.lifecycle.wait;
-        let used = wait.until(|looks| match self.control.pop() {
-            Ok(Some(used)) => Some(Ok(used)),
-            Ok(None) => self.lifecycle.check_sometimes(looks).err().map(Err),
-            Err(_) => {
-                self.lifecycle.fail("its queue is broken");
-                Some(Err(DevError::Io))
-            }
-        });
-        used.unwrap_or_else(|| {
-            self.lifecycle.fail("it has not answered in time");
-            Err(DevError::Io)
-        })
     }
 
     /// Says what a response means of which `written` bytes were written (2.7.8.2).

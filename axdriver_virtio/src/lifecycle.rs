@@ -3,11 +3,15 @@
 
 use axdriver_base::{DevError, DevResult};
 use log::{debug, error, warn};
+#[cfg(any(feature = "block", feature = "gpu"))]
+use virtio_drivers::Hal;
 use virtio_drivers::{
     Error, PAGE_SIZE,
     transport::{DeviceStatus, Transport},
 };
 
+#[cfg(any(feature = "block", feature = "gpu"))]
+use crate::queue::{Lie, Used, VirtQueue};
 use crate::{WaitPolicy, convert::as_dev_err};
 
 /// A set of feature bits (6 and, for the device types, 5.1.3, 5.2.3 and 5.7.3).
@@ -78,6 +82,9 @@ pub(crate) struct Lifecycle<T: Transport> {
     name: &'static str,
     pub(crate) wait: WaitPolicy,
 }
+
+/// Why a device is failed that asks for it.
+const NEEDS_RESET: &str = "it says that it needs a reset, or it is gone";
 
 /// How often the configuration space is read in the hope that it stays the same meanwhile.
 const CONFIG_TRIES: u32 = 32;
@@ -172,8 +179,9 @@ impl<T: Transport> Lifecycle<T> {
     pub(crate) fn fail(&mut self, why: &str) {
         error!("{}: {why}; the device is reset", self.name);
         if self.state == State::Live {
-            let status = self.transport.get_status() | DeviceStatus::FAILED;
-            self.transport.set_status(status);
+            // Of a device that is gone, all bits are read as ones.
+            let status = self.transport.get_status() & DeviceStatus::all();
+            self.transport.set_status(status | DeviceStatus::FAILED);
             // The failure is in the log, with the step that failed, and in `state`.
             let _ = self.reset();
         }
@@ -266,18 +274,65 @@ impl<T: Transport> Lifecycle<T> {
             .contains(DeviceStatus::DEVICE_NEEDS_RESET)
     }
 
-    /// Looks after the device at some of the looks of a wait, and fails it when it needs a reset.
+    /// Waits until the device has used a chain of `queue`.
     ///
-    /// Reading the status is slow, so it is done at looks 64, 128, 256 and so on.
+    /// # Errors
+    ///
+    /// [`DevError::Io`]: it lied, needs a reset, or did not answer in time. It has been reset, or
+    /// is [stuck](Self::is_stuck). So it has, or is, if the wait unwinds.
+    #[cfg(any(feature = "block", feature = "gpu"))]
+    pub(crate) fn complete<H: Hal, const N: usize>(
+        &mut self,
+        queue: &mut VirtQueue<H, N>,
+    ) -> DevResult<Used> {
+        /// Fails the device when dropped: the caller's memory must not be left with it.
+        struct Unwinding<'a, T: Transport>(&'a mut Lifecycle<T>);
+
+        impl<T: Transport> Drop for Unwinding<'_, T> {
+            fn drop(&mut self) {
+                self.0.fail("the wait for it was unwound");
+            }
+        }
+
+        let guard = Unwinding(self);
+        let wait = guard.0.wait;
+        let used = wait.until(|looks| match queue.pop() {
+            Ok(Some(used)) => Some(Ok(used)),
+            // Who sleeps until an interrupt looks seldom, and each time for a reason.
+            Ok(None) => guard.0.check_sometimes(looks, queue.is_listening()),
+            Err(Lie) => Some(Err("its queue is broken")),
+        });
+        core::mem::forget(guard);
+        match used {
+            Some(Ok(used)) => return Ok(used),
+            Some(Err(why)) => self.fail(why),
+            None => self.fail("it has not answered in time"),
+        }
+        Err(DevError::Io)
+    }
+
+    /// Looks after the device at some of the looks of a wait, and says why it must be failed.
+    ///
+    /// Reading the status is slow, so it is done at looks 64, 128, 256 and so on, or `often`: at
+    /// all but the first.
+    fn check_sometimes<R>(&self, looks: u64, often: bool) -> Option<Result<R, &'static str>> {
+        let due = (looks >= 64 && looks.is_power_of_two()) || (often && looks > 1);
+        (due && self.needs_reset()).then_some(Err(NEEDS_RESET))
+    }
+
+    /// Looks after a device in which the `looks`th look in a row found nothing to do.
     ///
     /// # Errors
     ///
     /// [`DevError::Io`]: it needed a reset.
-    pub(crate) fn check_sometimes(&mut self, looks: u64) -> DevResult {
-        if looks >= 64 && looks.is_power_of_two() {
-            self.check()
-        } else {
-            Ok(())
+    #[cfg(feature = "net")]
+    pub(crate) fn check_idle(&mut self, looks: u64) -> DevResult {
+        match self.check_sometimes::<()>(looks, false) {
+            None | Some(Ok(())) => Ok(()),
+            Some(Err(why)) => {
+                self.fail(why);
+                Err(DevError::Io)
+            }
         }
     }
 
@@ -290,7 +345,7 @@ impl<T: Transport> Lifecycle<T> {
     pub(crate) fn check(&mut self) -> DevResult {
         self.live()?;
         if self.needs_reset() {
-            self.fail("the device says that it needs a reset, or it is gone");
+            self.fail(NEEDS_RESET);
             return Err(DevError::Io);
         }
         Ok(())

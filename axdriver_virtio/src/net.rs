@@ -1,6 +1,6 @@
 //! The NIC driver: what to say over two virtqueues to a network device (VirtIO 1.3, 5.1).
 
-use alloc::{sync::Arc, vec::Vec};
+use alloc::{boxed::Box, sync::Arc, vec::Vec};
 use core::{mem, ptr::NonNull};
 
 use axdriver_base::{BaseDriverOps, DevError, DevResult, DeviceType, InterruptCause};
@@ -87,9 +87,9 @@ pub struct VirtIoNetDev<H: Hal, T: Transport, const QS: usize> {
     rx: VirtQueue<H, QS>,
     tx: VirtQueue<H, QS>,
     /// `rx_posted[t]` is `Some` exactly while the device may write to it under the token `t`.
-    rx_posted: [Option<Posted<H>>; QS],
+    rx_posted: Box<[Option<Posted<H>>]>,
     /// `tx_posted[t]` is `Some` exactly while the device may read it under the token `t`.
-    tx_posted: [Option<Posted<H>>; QS],
+    tx_posted: Box<[Option<Posted<H>>]>,
     /// Buffers that are nobody's. Its capacity is that of the pool, so it never grows.
     free: Vec<NetBufBox>,
     pool: Arc<NetBufPool>,
@@ -175,8 +175,8 @@ impl<H: Hal, T: Transport, const QS: usize> VirtIoNetDev<H, T, QS> {
             lifecycle: Lifecycle::new("virtio-net", transport, wait),
             rx: VirtQueue::new(RECEIVE_QUEUE)?,
             tx: VirtQueue::new(TRANSMIT_QUEUE)?,
-            rx_posted: [const { None }; QS],
-            tx_posted: [const { None }; QS],
+            rx_posted: none_posted(QS)?,
+            tx_posted: none_posted(QS)?,
             free: Vec::new(),
             pool: NetBufPool::new(capacity, MIN_BUFFER_LEN)?,
             header_len: HEADER_LEN,
@@ -312,12 +312,16 @@ impl<H: Hal, T: Transport, const QS: usize> VirtIoNetDev<H, T, QS> {
         Ok(())
     }
 
-    /// Makes sure that buffers hold a header and the longest frame (5.1.4.2).
+    /// Makes sure that buffers hold a header and the longest frame (5.1.4.2), and takes them out
+    /// of the pool.
     fn prepare_pool(&mut self) -> DevResult {
         let needed = HEADER_LEN + ETHERNET_HEADER_LEN + TAG_LEN + usize::from(self.mtu);
         if self.pool.buffer_len() < needed {
             self.free.clear();
             self.pool = NetBufPool::new(self.pool.capacity(), needed)?;
+        }
+        while let Some(buf) = self.pool.alloc_boxed() {
+            self.keep_buffer(buf);
         }
         Ok(())
     }
@@ -376,14 +380,15 @@ impl<H: Hal, T: Transport, const QS: usize> VirtIoNetDev<H, T, QS> {
     /// Takes back what the device had, after a reset; after a reset that did not happen, gives it
     /// up.
     fn reclaim(&mut self) {
-        let stuck = self.lifecycle.is_stuck();
         for token in 0..QS {
-            for posted in [&mut self.rx_posted[token], &mut self.tx_posted[token]] {
-                match posted.take() {
-                    Some(posted) if stuck => posted.forget(),
+            let posted = [&mut self.rx_posted, &mut self.tx_posted].map(|all| all[token].take());
+            for posted in posted.into_iter().flatten() {
+                if self.lifecycle.is_stuck() {
+                    posted.forget();
+                } else {
                     // SAFETY: the device has been reset.
-                    Some(posted) => drop(unsafe { posted.unshare() }),
-                    None => {}
+                    let buf = unsafe { posted.unshare() };
+                    self.keep_buffer(buf);
                 }
             }
         }
@@ -469,6 +474,16 @@ impl<H: Hal, T: Transport, const QS: usize> VirtIoNetDev<H, T, QS> {
             DevError::InvalidParam
         })
     }
+}
+
+/// Returns `len` places for buffers that the device has.
+fn none_posted<H: Hal>(len: usize) -> DevResult<Box<[Option<Posted<H>>]>> {
+    let mut places = Vec::new();
+    places
+        .try_reserve_exact(len)
+        .map_err(|_| DevError::NoMemory)?;
+    places.resize_with(len, || None);
+    Ok(places.into_boxed_slice())
 }
 
 fn read_le16<T: Transport>(lifecycle: &Lifecycle<T>, offset: usize) -> DevResult<u16> {
@@ -589,7 +604,7 @@ impl<H: Hal, T: Transport + Send + Sync, const QS: usize> NetDriverOps for VirtI
             Ok(Some(used)) => used,
             Ok(None) => {
                 self.idle = self.idle.saturating_add(1);
-                let checked = self.lifecycle.check_sometimes(self.idle);
+                let checked = self.lifecycle.check_idle(self.idle);
                 self.settle(checked)?;
                 return Err(DevError::Again);
             }

@@ -459,6 +459,12 @@ impl<H: Hal, const N: usize> VirtQueue<H, N> {
         self.has_used()
     }
 
+    /// Returns whether the driver asked for notifications.
+    #[cfg(any(feature = "block", feature = "gpu"))]
+    pub(crate) fn is_listening(&self) -> bool {
+        self.notifications
+    }
+
     /// Asks for no notifications. One may still come.
     pub(crate) fn silence(&mut self) {
         self.notifications = false;

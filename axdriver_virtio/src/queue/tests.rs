@@ -51,12 +51,12 @@ impl DeviceSide {
 
     fn u16(self, area: NonNull<u8>, offset: usize) -> &'static AtomicU16 {
         // SAFETY: the offsets below lie in the queue's memory, which outlives the tests' uses.
-        unsafe { AtomicU16::from_ptr(area.byte_add(offset).as_ptr().cast()) }
+        unsafe { AtomicU16::from_ptr(area.as_ptr().wrapping_byte_add(offset).cast()) }
     }
 
     fn u32(self, area: NonNull<u8>, offset: usize) -> &'static AtomicU32 {
         // SAFETY: as above.
-        unsafe { AtomicU32::from_ptr(area.byte_add(offset).as_ptr().cast()) }
+        unsafe { AtomicU32::from_ptr(area.as_ptr().wrapping_byte_add(offset).cast()) }
     }
 
     fn available_flags(self) -> u16 {

@@ -94,8 +94,8 @@ const RESET_POLLS: u32 = 1 << 20;
 
 /// A virtio device behind memory-mapped registers (VirtIO 1.3, 4.2).
 ///
-/// Dropping it resets the device if it was ever given a status through this transport: a device
-/// that was only looked at stays as it is.
+/// Dropping it resets the device, unless the last status that it was given through this transport
+/// is a reset already, or it was given none: a device that was only looked at stays as it is.
 #[derive(Debug)]
 pub struct MmioTransport<'a> {
     setup: UniqueMmioPointer<'a, SetupRegisters>,
@@ -106,8 +106,8 @@ pub struct MmioTransport<'a> {
     version: MmioVersion,
     device_type: DeviceType,
     vendor_id: u32,
-    /// Whether a status was written.
-    touched: bool,
+    /// Whether a status was written, and the last was not that of a reset.
+    started: bool,
 }
 
 // SAFETY: what `&MmioTransport` can do is read registers that have no side effects when read, and
@@ -161,7 +161,7 @@ impl<'a> MmioTransport<'a> {
             version,
             device_type,
             vendor_id,
-            touched: false,
+            started: false,
         })
     }
 
@@ -232,7 +232,7 @@ impl Transport for MmioTransport<'_> {
     }
 
     fn set_status(&mut self, status: DeviceStatus) {
-        self.touched = true;
+        self.started = !status.is_empty();
         field!(self.status, status).write(status.bits());
     }
 
@@ -342,7 +342,7 @@ impl Transport for MmioTransport<'_> {
 
 impl Drop for MmioTransport<'_> {
     fn drop(&mut self) {
-        if !self.touched || self.get_status().is_empty() {
+        if !self.started || self.get_status().is_empty() {
             return;
         }
         self.set_status(DeviceStatus::empty());

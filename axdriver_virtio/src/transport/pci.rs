@@ -110,8 +110,9 @@ const RESET_POLLS: u32 = 1 << 20;
 
 /// A virtio device behind a PCI function (VirtIO 1.3, 4.1).
 ///
-/// A notification is one 16-bit write. Dropping the transport resets the device if it was ever
-/// given a status through it: a device that was only looked at stays as it is.
+/// A notification is one 16-bit write. Dropping the transport resets the device, unless the last
+/// status that it was given through it is a reset already, or it was given none: a device that was
+/// only looked at stays as it is.
 #[derive(Debug)]
 pub struct PciTransport {
     device_type: DeviceType,
@@ -123,8 +124,8 @@ pub struct PciTransport {
     /// `None` after [`split_interrupt`](Self::split_interrupt).
     interrupt: Option<InterruptHandle<'static>>,
     device: Option<UniqueMmioPointer<'static, [u8]>>,
-    /// Whether a status was written.
-    touched: bool,
+    /// Whether a status was written, and the last was not that of a reset.
+    started: bool,
 }
 
 // SAFETY: what `&PciTransport` can do is read registers that have no side effects when read, and
@@ -181,7 +182,7 @@ impl PciTransport {
             })),
             // SAFETY: as above.
             device: device.map(|device| unsafe { UniqueMmioPointer::new(device) }),
-            touched: false,
+            started: false,
         })
     }
 
@@ -267,7 +268,7 @@ impl Transport for PciTransport {
     }
 
     fn set_status(&mut self, status: DeviceStatus) {
-        self.touched = true;
+        self.started = !status.is_empty();
         #[expect(
             clippy::cast_possible_truncation,
             reason = "over PCI the status has 8 bits"
@@ -355,7 +356,7 @@ fn write_halves(field: UniqueMmioPointer<'_, [ReadPureWrite<u32>; 2]>, address: 
 
 impl Drop for PciTransport {
     fn drop(&mut self) {
-        if !self.touched || self.get_status().is_empty() {
+        if !self.started || self.get_status().is_empty() {
             return;
         }
         self.set_status(DeviceStatus::empty());
