@@ -41,6 +41,9 @@ pub enum Fault {
     /// Instead of completing a request the device sets DEVICE_NEEDS_RESET.
     NeedsReset,
 
+    /// Undefined bits are set where the cause of an interrupt is read.
+    InterruptBits,
+
     /// Configuration space ends after 4 bytes: the rest reads as all ones, and on PCI its capability says so.
     ConfigShort,
     /// The configuration generation is another one at every read.
@@ -128,6 +131,7 @@ pub(crate) enum Occasion {
     Reset,
     Negotiation,
     Features,
+    Interrupt,
     ConfigRead,
     Generation,
     QueueSize,
@@ -151,6 +155,7 @@ impl Fault {
         Self::FeaturesRefused,
         Self::Version1Withheld,
         Self::NeedsReset,
+        Self::InterruptBits,
         Self::ConfigShort,
         Self::ConfigRestless,
         Self::QueueSize(0),
@@ -202,6 +207,7 @@ impl Fault {
             Self::ResetIgnored | Self::ResetSlow | Self::CompleteAfterReset => Occasion::Reset,
             Self::FeaturesRefused => Occasion::Negotiation,
             Self::Version1Withheld => Occasion::Features,
+            Self::InterruptBits => Occasion::Interrupt,
             Self::ConfigShort => Occasion::ConfigRead,
             Self::ConfigRestless => Occasion::Generation,
             Self::QueueSize(_) => Occasion::QueueSize,

@@ -1,6 +1,6 @@
 //! The memory of a machine: one shared mapping, seen by the driver at host addresses and by devices at guest-physical ones.
 //!
-//! Three kinds of `unsafe` live here: making a memory file, and looking at pages that a [`Buffer`] owns.
+//! Two kinds of `unsafe` live here: making a memory file, and looking at pages that a [`Buffer`] owns.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -12,7 +12,10 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
+    MmapRegion,
+};
 
 use crate::trace::{Event, Trace};
 
@@ -97,8 +100,8 @@ pub struct Memory {
     guest: GuestMemoryMmap,
     base: u64,
     size: usize,
-    /// Host address of the first byte.
-    host: NonNull<u8>,
+    /// Host address of the first byte, to compare others with.
+    host: usize,
     file: Arc<File>,
     path: Option<PathBuf>,
     pages: Mutex<Pages>,
@@ -108,13 +111,6 @@ pub struct Memory {
     shares: AtomicU64,
     this: Weak<Memory>,
 }
-
-// SAFETY: `host` is the address of the mapping that `guest` owns; it is only turned into other pointers here, and whoever
-// uses those answers for the races on what they point to.
-unsafe impl Send for Memory {}
-
-// SAFETY: as for `Send`; all that changes is behind a mutex or atomic.
-unsafe impl Sync for Memory {}
 
 impl Memory {
     /// Returns `size` bytes of memory without a name at guest-physical `base`.
@@ -168,8 +164,7 @@ impl Memory {
         let file = Arc::new(file);
         let mapping = MmapRegion::from_file(FileOffset::from_arc(file.clone(), 0), size)
             .map_err(io::Error::other)?;
-        let host = NonNull::new(mapping.as_ptr())
-            .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let host = mapping.as_ptr().addr();
         let region = GuestRegionMmap::new(mapping, GuestAddress(base))
             .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         let guest = GuestMemoryMmap::from_regions(vec![region]).map_err(io::Error::other)?;
@@ -216,7 +211,8 @@ impl Memory {
 
     /// Returns the host address of the first byte.
     pub fn host(&self) -> NonNull<u8> {
-        self.host
+        self.host_address(self.base, 1)
+            .unwrap_or(NonNull::dangling())
     }
 
     /// Returns the file that is mapped, for other processes to map too. The memory starts at its offset 0.
@@ -254,7 +250,7 @@ impl Memory {
 
     /// Returns the guest-physical address of what lies at `host`, if all `len` bytes are in this memory.
     pub fn translate(&self, host: NonNull<u8>, len: usize) -> Option<u64> {
-        let offset = host.addr().get().checked_sub(self.host.addr().get())?;
+        let offset = host.addr().get().checked_sub(self.host)?;
         (offset.checked_add(len)? <= self.size).then(|| self.base + offset as u64)
     }
 
@@ -264,7 +260,8 @@ impl Memory {
         if offset.checked_add(len)? > self.size {
             return None;
         }
-        NonNull::new(self.host.as_ptr().wrapping_add(offset))
+        let host = self.guest.get_host_address(GuestAddress(address)).ok()?;
+        NonNull::new(host)
     }
 
     /// Allocates `pages` pages in a row, filled with 0. The memory stays mapped until they are freed.
@@ -297,11 +294,10 @@ impl Memory {
         }
         let pages = len.div_ceil(PAGE_SIZE);
         let memory = self.this.upgrade()?;
-        let (address, host) = self.allocate(pages)?;
+        let (address, _) = self.allocate(pages)?;
         Some(Buffer {
             memory,
             address,
-            host,
             len,
         })
     }
@@ -515,17 +511,10 @@ pub(crate) fn memory_of(host: NonNull<u8>) -> Option<Arc<Memory>> {
 #[derive(Debug)]
 pub struct Buffer {
     memory: Arc<Memory>,
+    /// Guest-physical address of `len` bytes that this buffer alone owns.
     address: u64,
-    /// Points to `len` bytes that this buffer alone owns.
-    host: NonNull<u8>,
     len: usize,
 }
-
-// SAFETY: a `Buffer` owns its pages as a `Box<[u8]>` owns its heap memory.
-unsafe impl Send for Buffer {}
-
-// SAFETY: `&Buffer` only reads.
-unsafe impl Sync for Buffer {}
 
 impl Buffer {
     /// Returns the guest-physical address.
@@ -538,15 +527,21 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
+        let Some(host) = self.memory.host_address(self.address, self.len) else {
+            return &[];
+        };
         // SAFETY: `host` points to `len` bytes, initialised and live, that this buffer alone owns.
-        unsafe { std::slice::from_raw_parts(self.host.as_ptr(), self.len) }
+        unsafe { std::slice::from_raw_parts(host.as_ptr(), self.len) }
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
+        let Some(host) = self.memory.host_address(self.address, self.len) else {
+            return &mut [];
+        };
         // SAFETY: as for `deref`, and `&mut self` proves that nobody else looks.
-        unsafe { std::slice::from_raw_parts_mut(self.host.as_ptr(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(host.as_ptr(), self.len) }
     }
 }
 
@@ -578,7 +573,8 @@ mod tests {
             7
         );
         assert_ne!(buffer.address(), buffer.as_ptr().addr() as u64);
-        assert_eq!(memory.translate(buffer.host, 5000), Some(buffer.address()));
+        let host = NonNull::from(&mut buffer[..]).cast();
+        assert_eq!(memory.translate(host, 5000), Some(buffer.address()));
     }
 
     #[test]

@@ -7,8 +7,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::device::{Device, Field, Model, State};
+use super::device::{Device, Field, Model};
 use super::queue::Chain;
+use super::state::State;
 use crate::hostile::{Fault, Occasion};
 
 /// Feature bits of block devices (5.2.3).

@@ -1,6 +1,7 @@
 //! An entropy source (5.4): a virtio device of a type that drivers of disks, NICs and displays leave alone.
 
-use super::device::{Device, Field, Model, State};
+use super::device::{Device, Field, Model};
+use super::state::State;
 
 /// A source of numbers, the same ones in each run.
 #[derive(Clone, Copy, Debug, Default)]

@@ -6,8 +6,9 @@ use std::io::{self, BufWriter};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::device::{Device, Field, Model, State};
+use super::device::{Device, Field, Model};
 use super::queue::Chain;
+use super::state::State;
 use super::watch::{Range, overlap};
 use crate::hostile::{Fault, Occasion};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -214,6 +215,11 @@ impl Display {
     /// As [`Image::save`]; `InvalidInput` also while the display is off.
     pub fn png(&self, path: impl AsRef<Path>) -> io::Result<()> {
         self.image().save(path)
+    }
+
+    /// Returns whether the driver still has to clear the event of a change.
+    pub fn event_pending(&self) -> bool {
+        self.lock().events & EVENT_DISPLAY != 0
     }
 
     /// Returns where the pointer is.

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::device::{Core, Transport};
+use super::lifecycle::Core;
+use super::state::Transport;
 use super::watch::{Violation, Violations};
 
 /// Where the first slot is.
@@ -140,10 +141,7 @@ impl MmioSlot {
                 self.queue(core)
                     .map_or(0, |queue| core.state.queues[queue].enabled.into())
             }
-            0x060 => {
-                core.note_change();
-                core.state.interrupt.into()
-            }
+            0x060 => core.read_interrupt().into(),
             0x070 => core.read_status(),
             0x0b0..=0x0bc if modern => {
                 core.state

@@ -4,10 +4,12 @@ mod blk;
 mod device;
 mod entropy;
 mod gpu;
+mod lifecycle;
 mod mmio;
 mod net;
 mod pci;
 mod queue;
+mod state;
 mod watch;
 
 use std::io;
@@ -25,9 +27,10 @@ pub use mmio::Version;
 pub use net::{Cable, Nic, NicCounters, Peer, features as net_features};
 pub use watch::Violation;
 
-use device::{Core, Transport};
+use lifecycle::Core;
 use mmio::MmioSlot;
 use pci::{Kind, PciFunction};
+use state::Transport;
 use watch::Violations;
 
 use crate::hostile::Hostile;
@@ -352,7 +355,8 @@ impl Builder {
         self
     }
 
-    /// Makes the board, and installs it on the current thread until it is dropped.
+    /// Makes the board, and installs it on the current thread until it is dropped. While it is, it hides boards that were
+    /// installed before.
     ///
     /// # Errors
     ///

@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::device::{Device, Field, Model, State, features as common};
+use super::device::{Device, Field, Model, features as common};
+use super::state::State;
 use crate::hostile::{Fault, Occasion};
 
 /// Feature bits of network devices (5.1.3).

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::device::Core;
+use super::lifecycle::Core;
 use super::mmio::set_half;
 use crate::hostile::{Fault, Occasion};
 
@@ -207,8 +207,7 @@ impl PciFunction {
                     core.state
                         .violation("PCI-04", format!("ISR status read with {width} bytes"));
                 }
-                core.note_change();
-                let cause = core.state.interrupt;
+                let cause = core.read_interrupt();
                 core.acknowledge(cause.into());
                 cause.into()
             }

@@ -231,6 +231,11 @@ impl DeviceQueue {
         Some(queue.avail_idx(memory, Ordering::Acquire).ok()?.0)
     }
 
+    /// Returns the available index up to which the device has taken chains.
+    pub(crate) fn taken_index(&self) -> Option<u16> {
+        self.live.as_ref().map(Queue::next_avail)
+    }
+
     /// Returns the head in slot `index` of the available ring.
     pub(crate) fn avail_head(&self, memory: &GuestMemoryMmap, index: u16) -> Option<u16> {
         let size = self.live.as_ref()?.size();

@@ -76,8 +76,8 @@ struct Posted {
 pub(crate) struct QueueWatch {
     /// The available index up to which chains were looked at.
     seen: u16,
-    /// The available index when the driver last rang or the device last looked.
-    looked: u16,
+    /// The available index when the driver last rang.
+    rung: u16,
     posted: HashMap<u16, Posted>,
 }
 
@@ -192,35 +192,48 @@ impl QueueWatch {
         };
         if rules.event_idx {
             let event = queue.avail_event(memory).unwrap_or(index);
-            // The device's event lies among what was added since it last looked (2.7.10.1).
-            let since_event = index.wrapping_sub(event).wrapping_sub(1);
-            if since_event >= index.wrapping_sub(self.looked) {
+            if !self.is_due(index, event) {
                 report(
                     "VQ-25",
                     format!(
                         "rang at available index {index} (before: {}), but the device asked for {event}",
-                        self.looked
+                        self.rung
                     ),
                 );
             }
         } else if queue.used_flags(memory).is_some_and(|flags| flags & 1 != 0) {
             report("VQ-21", "rang although used.flags asks not to".to_owned());
         }
-        self.looked = index;
+        self.rung = index;
     }
 
-    /// The device looked at all that was available.
-    pub(crate) fn looked(&mut self, queue: &DeviceQueue, memory: &GuestMemoryMmap) {
-        if let Some(index) = queue.avail_index(memory) {
-            self.looked = index;
+    /// Whether the index that the device asked for is among those that were added since the driver last rang (2.7.10.1).
+    fn is_due(&self, index: u16, event: u16) -> bool {
+        index.wrapping_sub(event).wrapping_sub(1) < index.wrapping_sub(self.rung)
+    }
+
+    /// Returns how many chains are available that the device has not taken, and that it should have been told of.
+    pub(crate) fn untold(
+        &self,
+        queue: &DeviceQueue,
+        memory: &GuestMemoryMmap,
+        rules: Rules,
+    ) -> u16 {
+        let (Some(index), Some(taken)) = (queue.avail_index(memory), queue.taken_index()) else {
+            return 0;
+        };
+        let due = if rules.event_idx {
+            queue
+                .avail_event(memory)
+                .is_some_and(|event| self.is_due(index, event))
+        } else {
+            queue.used_flags(memory).is_some_and(|flags| flags & 1 == 0)
+        };
+        if due {
+            index.wrapping_sub(self.rung).min(index.wrapping_sub(taken))
+        } else {
+            0
         }
-    }
-
-    /// Returns how many chains are available that the device has not been told of.
-    pub(crate) fn untold(&self, queue: &DeviceQueue, memory: &GuestMemoryMmap) -> u16 {
-        queue
-            .avail_index(memory)
-            .map_or(0, |index| index.wrapping_sub(self.looked))
     }
 }
 
