@@ -8,10 +8,12 @@ use core::ops::Range;
 
 use spin::Mutex;
 
-/// The size of a frame of memory, in bytes.
-pub(crate) const FRAME: usize = 4096;
+use crate::arch::{Arch, PageTables};
 
-/// The most frames that are put to use: 1 GiB.
+/// The size of a frame of memory, which is that of a page, in bytes.
+pub(crate) const FRAME: usize = 1 << Arch::PAGE_BITS;
+
+/// The most frames that are put to use: at least 1 GiB.
 const MAX_FRAMES: usize = 1 << 18;
 
 /// How far from one page's frame to the next one's, in frames: odd, so that steps of it modulo a

@@ -7,6 +7,9 @@ use axdriver_virtio::{BufferDirection, PhysAddr, VirtIoHal};
 use crate::frames::{self, FRAME};
 use crate::paging;
 
+/// The unit that the drivers count memory in, whatever the size of a page is.
+const PAGE_SIZE: usize = 4096;
+
 /// This kernel, to the drivers.
 ///
 /// The devices of all machines that it knows see the processor's caches, so nothing is cleaned here.
@@ -16,17 +19,17 @@ pub(crate) struct KernelHal;
 // given back, and the direct map shows all of it; buffers are shared where they are, or by a copy.
 unsafe impl VirtIoHal for KernelHal {
     fn dma_alloc(pages: usize, _: BufferDirection) -> (PhysAddr, NonNull<u8>) {
-        let Some((physical, memory)) = allocate(pages) else {
+        let Some((physical, memory)) = allocate(pages * PAGE_SIZE) else {
             // The contract's way to say that there is none.
             return (0, NonNull::dangling());
         };
         // SAFETY: the frames were just allocated, so they are ours, and the direct map shows them.
-        unsafe { memory.write_bytes(0, pages * FRAME) };
+        unsafe { memory.write_bytes(0, pages * PAGE_SIZE) };
         (physical, memory)
     }
 
     unsafe fn dma_dealloc(physical: PhysAddr, _: NonNull<u8>, pages: usize) -> i32 {
-        frames::free(physical, pages);
+        frames::free(physical, (pages * PAGE_SIZE).div_ceil(FRAME));
         0
     }
 
@@ -42,7 +45,7 @@ unsafe impl VirtIoHal for KernelHal {
         if let Some(physical) = contiguous(buffer) {
             return physical;
         }
-        let Some((physical, copy)) = allocate(buffer.len().div_ceil(FRAME)) else {
+        let Some((physical, copy)) = allocate(buffer.len()) else {
             return 0;
         };
         if direction != BufferDirection::DeviceToDriver {
@@ -66,9 +69,9 @@ unsafe impl VirtIoHal for KernelHal {
     }
 }
 
-/// Takes frames in one piece, and returns where a device and where the processor sees them.
-fn allocate(pages: usize) -> Option<(PhysAddr, NonNull<u8>)> {
-    let physical = frames::allocate_run(pages)?;
+/// Takes memory in one piece, and returns where a device and where the processor sees it.
+fn allocate(size: usize) -> Option<(PhysAddr, NonNull<u8>)> {
+    let physical = frames::allocate_run(size.div_ceil(FRAME))?;
     Some((physical, NonNull::new(paging::memory_at(physical))?))
 }
 

@@ -11,7 +11,7 @@ use crate::frames::FRAME;
 use crate::paging;
 
 /// How many pages the heap has: 8 MiB.
-const PAGES: usize = 2048;
+const PAGES: usize = (8 << 20) / FRAME;
 
 #[global_allocator]
 static HEAP: KernelHeap = KernelHeap(Mutex::new(Heap::empty()));

@@ -30,7 +30,7 @@ pub(crate) fn memory_at(physical: u64) -> *mut u8 {
 fn map(page: usize, physical: u64, kind: Page) -> Result {
     let mut table = Arch::root();
     for level in (0..Arch::LEVELS).rev() {
-        let index = (page >> (12 + 9 * level)) % 512;
+        let index = (page >> (Arch::PAGE_BITS + 9 * level)) % 512;
         let entry = memory_at(table).cast::<u64>().wrapping_add(index);
         // SAFETY: `table` is a frame that holds a page table, which only this function changes,
         // under the lock of its callers; `index` is below 512, so the entry lies in that frame.
@@ -69,7 +69,7 @@ pub(crate) fn physical_address(virtual_address: usize) -> Option<u64> {
     }
     let mut address = Arch::root();
     for level in (0..Arch::LEVELS).rev() {
-        let index = (virtual_address >> (12 + 9 * level)) % 512;
+        let index = (virtual_address >> (Arch::PAGE_BITS + 9 * level)) % 512;
         let entry = memory_at(address).cast::<u64>().wrapping_add(index);
         // SAFETY: `address` is that of a page table's frame, and `index` is below 512.
         address = Arch::address_in(unsafe { entry.read_volatile() })?;

@@ -312,6 +312,7 @@ impl Architecture for Arch {
 }
 
 impl PageTables for Arch {
+    const PAGE_BITS: u32 = 12;
     const LEVELS: u32 = 3;
     const DIRECT_MAP: usize = 0xffff_ff80_0000_0000;
     const IMAGE: usize = 0;

@@ -54,6 +54,8 @@ pub(crate) trait Architecture {
 
 /// What the page tables of an architecture look like. Each table has 512 entries of 64 bits.
 pub(crate) trait PageTables {
+    /// The base-2 logarithm of a page's size.
+    const PAGE_BITS: u32;
     /// How many tables a walk visits.
     const LEVELS: u32;
     /// The virtual address at which physical memory is seen, all of it in one piece.
