@@ -39,7 +39,7 @@ struct Args {
     #[arg(long, value_name = "NUMBER")]
     partition: Option<usize>,
 
-    /// Copies a file of the host into the image.
+    /// Copies a file of the host into a directory of the image that exists.
     #[arg(long, num_args = 2, value_names = ["HOST_FILE", "DISK_FILE"], action = clap::ArgAction::Append)]
     copy_in: Vec<PathBuf>,
 
@@ -156,15 +156,13 @@ fn list(map: &Map, place: Place, path: &Path) -> anyhow::Result<()> {
     let (scheme, partitions) = partition::read_table(&mut disk)?;
     println!("{scheme}");
     if scheme == Scheme::Whole {
-        let fs = fat::open(BlockStream::new(disk)?);
-        let fs = fs.with_context(|| {
+        let volume = print_volume(&mut BlockStream::new(disk)?, "the whole disk");
+        return volume.with_context(|| {
             format!(
-                "{} holds no partition table and no FAT file system",
+                "{} holds no partition table, and no file system",
                 path.display()
             )
-        })?;
-        println!("\n{:?}", fs.fat_type());
-        return print_files(&fat::list(&fs)?);
+        });
     }
     let mut table = Table::new(["number", "first block", "blocks", "size", "type", "name"]);
     for Partition {
@@ -193,17 +191,28 @@ fn list(map: &Map, place: Place, path: &Path) -> anyhow::Result<()> {
         ..
     } in partitions
     {
+        let mut stream = BlockStream::range(&mut disk, first_block, blocks)?;
         // Most partitions hold something else.
-        let Ok(fs) = fat::open(BlockStream::range(&mut disk, first_block, blocks)?) else {
-            continue;
-        };
-        println!("\npartition {number}: {:?}", fs.fat_type());
-        print_files(&fat::list(&fs)?)?;
+        if is_fat(&mut stream) {
+            print_volume(&mut stream, &format!("partition {number}"))?;
+        }
     }
     Ok(())
 }
 
-fn print_files(entries: &[fat::Entry]) -> anyhow::Result<()> {
+fn is_fat<D: BlockDriverOps>(stream: &mut BlockStream<D>) -> bool {
+    fat::mounted(stream, |_| Ok(())).is_ok()
+}
+
+/// Prints the files of a FAT file system.
+fn print_volume<D: BlockDriverOps>(stream: &mut BlockStream<D>, what: &str) -> anyhow::Result<()> {
+    let (fat_type, entries) = fat::mounted(stream, |fs| Ok((fs.fat_type(), fat::list(fs)?)))?;
+    println!("\n{what}: {fat_type:?}");
+    print_files(&entries);
+    Ok(())
+}
+
+fn print_files(entries: &[fat::Entry]) {
     if entries.is_empty() {
         println!("no files");
     }
@@ -221,39 +230,51 @@ fn print_files(entries: &[fat::Entry]) -> anyhow::Result<()> {
         let slash = if entry.size.is_none() { "/" } else { "" };
         println!("{:>width$}  {}{slash}", size(entry), entry.path);
     }
-    Ok(())
 }
 
-/// Copies files as asked, each with a driver of its own.
+/// Copies files as asked.
 fn copy(map: &Map, place: Place, args: &Args) -> anyhow::Result<()> {
+    if args.copy_in.is_empty() && args.copy_out.is_empty() {
+        return Ok(());
+    }
+    let mut stream = open_volume(map, place, args)?;
     for pair in args.copy_in.chunks_exact(2) {
         let (source, target) = (&pair[0], disk_path(&pair[1])?);
         let mut file =
             File::open(source).with_context(|| format!("cannot open {}", source.display()))?;
         let metadata = file.metadata()?;
         ensure!(!metadata.is_dir(), "{} is a directory", source.display());
-        let fs = open_fat(map, place, args)?;
         let bar = report::progress(metadata.len(), "copying");
-        let copied = fat::write_file(&fs, target, &mut file, &mut |bytes| bar.set_position(bytes))?;
+        let copied = fat::mounted(&mut stream, |fs| {
+            fat::write_file(fs, target, &mut file, &mut |bytes| bar.set_position(bytes))
+        })?;
         bar.finish_and_clear();
-        fs.unmount().context("cannot flush the file system")?;
-        println!("copied {} to {target}, {copied} bytes", source.display());
+        println!(
+            "copied {} to {target} on the disk, {copied} bytes",
+            source.display()
+        );
     }
     for pair in args.copy_out.chunks_exact(2) {
         let (source, target) = (disk_path(&pair[0])?, &pair[1]);
-        let fs = open_fat(map, place, args)?;
-        // The host's file is made only when there is something to put in it.
-        let size = fs
-            .root_dir()
-            .open_file(source.trim_matches('/'))
-            .and_then(|mut file| file.seek(SeekFrom::End(0)));
-        let size = size.with_context(|| format!("cannot open {source} on the disk"))?;
-        let mut file =
-            File::create(target).with_context(|| format!("cannot create {}", target.display()))?;
-        let bar = report::progress(size, "copying");
-        let copied = fat::read_file(&fs, source, &mut file, &mut |bytes| bar.set_position(bytes))?;
-        bar.finish_and_clear();
-        println!("copied {source} to {}, {copied} bytes", target.display());
+        let copied = fat::mounted(&mut stream, |fs| {
+            // The host's file is made only when there is something to put in it.
+            let size = fs
+                .root_dir()
+                .open_file(source.trim_matches('/'))
+                .and_then(|mut file| file.seek(SeekFrom::End(0)));
+            let size = size.with_context(|| format!("cannot open {source} on the disk"))?;
+            let mut file = File::create(target)
+                .with_context(|| format!("cannot create {}", target.display()))?;
+            let bar = report::progress(size, "copying");
+            let copied =
+                fat::read_file(fs, source, &mut file, &mut |bytes| bar.set_position(bytes))?;
+            bar.finish_and_clear();
+            Ok(copied)
+        })?;
+        println!(
+            "copied {source} of the disk to {}, {copied} bytes",
+            target.display()
+        );
     }
     Ok(())
 }
@@ -263,14 +284,16 @@ fn disk_path(path: &Path) -> anyhow::Result<&str> {
         .with_context(|| format!("FAT has no name for {}", path.display()))
 }
 
-type Fat = fatfs::FileSystem<BlockStream<Box<dyn BlockDriverOps>>>;
-
-/// Opens the FAT file system that is meant.
-fn open_fat(map: &Map, place: Place, args: &Args) -> anyhow::Result<Fat> {
+/// Opens the part of the disk with the FAT file system that is meant.
+fn open_volume(
+    map: &Map,
+    place: Place,
+    args: &Args,
+) -> anyhow::Result<BlockStream<Box<dyn BlockDriverOps>>> {
     let mut disk = map.start_disk(place)?;
     let (scheme, partitions) = partition::read_table(&mut disk)?;
     if scheme == Scheme::Whole && args.partition.is_none() {
-        return fat::open(BlockStream::new(disk)?);
+        return Ok(BlockStream::new(disk)?);
     }
     let mut suitable = Vec::new();
     for partition in partitions {
@@ -278,18 +301,17 @@ fn open_fat(map: &Map, place: Place, args: &Args) -> anyhow::Result<Fat> {
             .partition
             .is_none_or(|number| number == partition.number);
         if wanted
-            && fat::open(BlockStream::range(
+            && is_fat(&mut BlockStream::range(
                 &mut disk,
                 partition.first_block,
                 partition.blocks,
             )?)
-            .is_ok()
         {
             suitable.push(partition);
         }
     }
     match (suitable.as_slice(), args.partition) {
-        ([one], _) => fat::open(BlockStream::range(disk, one.first_block, one.blocks)?),
+        ([one], _) => Ok(BlockStream::range(disk, one.first_block, one.blocks)?),
         ([], None) => bail!("no partition holds a FAT file system"),
         ([], Some(number)) => bail!("there is no partition {number} with a FAT file system"),
         (several, _) => {

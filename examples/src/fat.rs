@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use axdriver_block::{BlockDriverOps, DevError};
-use fatfs::{Dir, FileSystem, FormatVolumeOptions, FsOptions};
+use fatfs::{Dir, FileSystem, FormatVolumeOptions, FsOptions, ReadWriteSeek};
 
 /// How many lines the cache of a [`BlockStream`] holds.
 const LINES: usize = 32;
@@ -54,6 +54,8 @@ pub struct BlockStream<D> {
     position: u64,
     /// A whole number of blocks, in bytes.
     line_size: usize,
+    /// Something was written since the device was flushed.
+    changed: bool,
     /// The line that was used last is at the end. No two have the same index.
     lines: Vec<Line>,
 }
@@ -122,6 +124,7 @@ impl<D: BlockDriverOps> BlockStream<D> {
             (Some(end), Some(size)) if end <= device.num_blocks() && block_size > 0 => Ok(Self {
                 first_block,
                 size,
+                changed: false,
                 position: 0,
                 line_size: LINE_SIZE.next_multiple_of(block_size),
                 lines: Vec::with_capacity(LINES),
@@ -261,12 +264,18 @@ impl<D: BlockDriverOps> Write for BlockStream<D> {
         let count = buf.len().min(line.bytes.len() - offset);
         line.bytes[offset..offset + count].copy_from_slice(&buf[..count]);
         line.dirty = true;
+        self.changed = true;
         self.position += count as u64;
         Ok(count)
     }
 
     /// Writes what the cache holds to the device, in the order of the blocks, and flushes the device.
+    ///
+    /// Does nothing where nothing was written through this stream since the last time: `fatfs` flushes after reading too.
     fn flush(&mut self) -> io::Result<()> {
+        if !self.changed {
+            return Ok(());
+        }
         let mut order: Vec<usize> = (0..self.lines.len()).collect();
         order.sort_by_key(|place| self.lines[*place].index);
         for place in order {
@@ -274,7 +283,9 @@ impl<D: BlockDriverOps> Write for BlockStream<D> {
         }
         self.device
             .flush()
-            .map_err(|error| self.failure("flush", 0, 0, error))
+            .map_err(|error| self.failure("flush", 0, 0, error))?;
+        self.changed = false;
+        Ok(())
     }
 }
 
@@ -327,21 +338,33 @@ pub fn format<D: BlockDriverOps>(stream: &mut BlockStream<D>, label: &str) -> an
     stream.flush().context("cannot flush the new file system")
 }
 
-/// Opens the FAT file system on `stream`. Nothing is written by that, nor by reading from it.
+/// Opens the FAT file system on `stream` for `work`, and closes it: what `work` wrote is flushed to the device.
+///
+/// Where nothing is written by `work`, nothing is written at all.
 ///
 /// # Errors
 ///
-/// There is no FAT file system, it is damaged, or the device fails.
-pub fn open<D: BlockDriverOps>(
-    mut stream: BlockStream<D>,
-) -> anyhow::Result<FileSystem<BlockStream<D>>> {
+/// * There is no FAT file system, or it is damaged.
+/// * `work` fails. What it wrote before is flushed, if that can be done.
+/// * The device fails.
+pub fn mounted<D: BlockDriverOps, R>(
+    stream: &mut BlockStream<D>,
+    work: impl FnOnce(&FileSystem<&mut BlockStream<D>>) -> anyhow::Result<R>,
+) -> anyhow::Result<R> {
     ensure!(
         stream.size >= 512,
         "a FAT file system has at least 512 bytes, this is {}",
         stream.size
     );
     stream.rewind()?;
-    FileSystem::new(stream, FsOptions::new()).context("cannot find a FAT file system")
+    let fs =
+        FileSystem::new(&mut *stream, FsOptions::new()).context("cannot find a FAT file system")?;
+    let result = work(&fs);
+    let unmounted = fs.unmount().context("cannot close the file system");
+    // Unmounting clears a mark on the disk that says that the file system is in use, and does not flush that.
+    let flushed = stream.flush().context("cannot flush the file system");
+    let result = result?;
+    unmounted.and(flushed).map(|()| result)
 }
 
 /// Lists all files and directories, each directory before what it holds.
@@ -349,14 +372,14 @@ pub fn open<D: BlockDriverOps>(
 /// # Errors
 ///
 /// A directory is damaged, or the device fails.
-pub fn list<D: BlockDriverOps>(fs: &FileSystem<BlockStream<D>>) -> anyhow::Result<Vec<Entry>> {
+pub fn list<T: ReadWriteSeek>(fs: &FileSystem<T>) -> anyhow::Result<Vec<Entry>> {
     let mut entries = Vec::new();
     list_into(&fs.root_dir(), "", 0, &mut entries)?;
     Ok(entries)
 }
 
-fn list_into<D: BlockDriverOps>(
-    dir: &Dir<'_, BlockStream<D>>,
+fn list_into<T: ReadWriteSeek>(
+    dir: &Dir<'_, T>,
     prefix: &str,
     depth: usize,
     entries: &mut Vec<Entry>,
@@ -392,32 +415,27 @@ fn list_into<D: BlockDriverOps>(
     Ok(())
 }
 
-/// Writes a file, in place of one that has the same path. Directories on the way are made.
+/// Writes a file, in place of one that has the same path.
 ///
-/// `progress` is called with the number of bytes after each part. The caller flushes by dropping or unmounting `fs`.
+/// `progress` is called with the number of bytes after each part.
 ///
 /// # Errors
 ///
-/// `path` names a directory or leads through a file, the file system is full, or the device fails.
-pub fn write_file<D: BlockDriverOps>(
-    fs: &FileSystem<BlockStream<D>>,
+/// * `path` names a directory, or a file in a directory that does not exist.
+/// * `source` cannot be read.
+/// * The file system is full, or the device fails.
+pub fn write_file<T: ReadWriteSeek>(
+    fs: &FileSystem<T>,
     path: &str,
     source: &mut dyn Read,
     progress: &mut dyn FnMut(u64),
 ) -> anyhow::Result<u64> {
     let path = path.trim_matches('/');
     ensure!(!path.is_empty(), "a file on the disk needs a name");
-    let mut dir = fs.root_dir();
-    let mut rest = path;
-    while let Some((parent, below)) = rest.split_once('/') {
-        dir = dir
-            .create_dir(parent)
-            .with_context(|| format!("cannot make the directory {parent} of {path}"))?;
-        rest = below.trim_start_matches('/');
-    }
-    let mut file = dir
-        .create_file(rest)
-        .with_context(|| format!("cannot create {path}"))?;
+    let mut file = fs
+        .root_dir()
+        .create_file(path)
+        .with_context(|| format!("cannot create {path} on the disk"))?;
     file.truncate()
         .with_context(|| format!("cannot empty {path}"))?;
     let written =
@@ -432,8 +450,8 @@ pub fn write_file<D: BlockDriverOps>(
 /// # Errors
 ///
 /// There is no such file, `target` cannot be written, or the device fails.
-pub fn read_file<D: BlockDriverOps>(
-    fs: &FileSystem<BlockStream<D>>,
+pub fn read_file<T: ReadWriteSeek>(
+    fs: &FileSystem<T>,
     path: &str,
     target: &mut dyn Write,
     progress: &mut dyn FnMut(u64),
@@ -662,42 +680,90 @@ mod tests {
         assert_eq!(device.disk[LINES * LINE_SIZE], 0);
     }
 
-    #[test]
-    fn a_read_only_disk_is_listed_and_never_written() {
-        let mut device = observed(1 << 20);
+    /// Makes a file system on a disk, with a file in a directory.
+    fn with_files(size: usize) -> Observed {
+        let mut device = observed(size);
         let mut stream = BlockStream::new(&mut device).unwrap();
         format(&mut stream, "label").unwrap();
-        let fs = open(stream).unwrap();
-        write_file(&fs, "a/b/c.txt", &mut &b"text"[..], &mut |_| {}).unwrap();
-        fs.unmount().unwrap();
-        assert!(device.flushes >= 2);
+        mounted(&mut stream, |fs| {
+            fs.root_dir().create_dir("a")?.create_dir("b")?;
+            write_file(fs, "a/b/c.txt", &mut &b"text"[..], &mut |_| {})
+        })
+        .unwrap();
+        device
+    }
 
+    #[test]
+    fn a_closed_file_system_is_flushed_and_marked_as_such() {
+        let device = with_files(1 << 20);
+        let mut copy = RamDisk::copy_from_slice(&device.disk);
+        let mut stream = BlockStream::new(&mut copy).unwrap();
+        mounted(&mut stream, |fs| {
+            assert!(!fs.read_status_flags()?.dirty());
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_read_only_disk_is_listed_and_never_written() {
+        let mut device = with_files(1 << 20);
         device.read_only = true;
         device.written.clear();
-        let fs = open(BlockStream::new(&mut device).unwrap()).unwrap();
-        let paths: Vec<_> = list(&fs)
-            .unwrap()
-            .into_iter()
-            .map(|entry| (entry.path, entry.size))
-            .collect();
-        let expected = [("a", None), ("a/b", None), ("a/b/c.txt", Some(4))];
-        assert_eq!(paths, expected.map(|(path, size)| (path.to_owned(), size)));
-        let mut text = Vec::new();
-        assert_eq!(
-            read_file(&fs, "/a/b/c.txt", &mut text, &mut |_| {}).unwrap(),
-            4
-        );
-        assert_eq!(text, b"text");
-        let error = write_file(&fs, "new", &mut &b"text"[..], &mut |_| {}).unwrap_err();
+        device.flushes = 0;
+        let mut stream = BlockStream::new(&mut device).unwrap();
+        mounted(&mut stream, |fs| {
+            let paths: Vec<_> = list(fs)?
+                .into_iter()
+                .map(|entry| (entry.path, entry.size))
+                .collect();
+            let expected = [("a", None), ("a/b", None), ("a/b/c.txt", Some(4))];
+            assert_eq!(paths, expected.map(|(path, size)| (path.to_owned(), size)));
+            let mut text = Vec::new();
+            assert_eq!(read_file(fs, "/a/b/c.txt", &mut text, &mut |_| {})?, 4);
+            assert_eq!(text, b"text");
+            Ok(())
+        })
+        .unwrap();
+        let error = mounted(&mut stream, |fs| {
+            write_file(fs, "new", &mut &b"text"[..], &mut |_| {})
+        })
+        .unwrap_err();
         assert!(format!("{error:#}").contains("read-only"), "{error:#}");
-        drop(fs);
         assert!(device.written.is_empty());
+        assert_eq!(device.flushes, 0);
+    }
+
+    #[test]
+    fn files_go_into_directories_that_exist() {
+        let mut device = with_files(1 << 20);
+        let mut stream = BlockStream::new(&mut device).unwrap();
+        mounted(&mut stream, |fs| {
+            write_file(fs, "/a/new", &mut &b"text"[..], &mut |_| {})?;
+            assert!(write_file(fs, "none/new", &mut &b"text"[..], &mut |_| {}).is_err());
+            assert!(write_file(fs, "a", &mut &b"text"[..], &mut |_| {}).is_err());
+            assert!(write_file(fs, "/", &mut &b"text"[..], &mut |_| {}).is_err());
+            assert!(read_file(fs, "a", &mut Vec::new(), &mut |_| {}).is_err());
+            Ok(())
+        })
+        .unwrap();
     }
 
     #[test]
     fn what_is_no_file_system_and_too_small_a_disk_are_refused() {
-        assert!(open(BlockStream::new(RamDisk::new(1 << 20)).unwrap()).is_err());
-        assert!(open(BlockStream::new(RamDisk::default()).unwrap()).is_err());
+        assert!(
+            mounted(
+                &mut BlockStream::new(RamDisk::new(1 << 20)).unwrap(),
+                |_| Ok(())
+            )
+            .is_err()
+        );
+        assert!(
+            mounted(&mut BlockStream::new(RamDisk::default()).unwrap(), |_| Ok(
+                ()
+            ))
+            .is_err()
+        );
         assert!(format(&mut BlockStream::new(RamDisk::default()).unwrap(), "").is_err());
         assert!(format(&mut BlockStream::new(RamDisk::new(512)).unwrap(), "").is_err());
     }
@@ -707,11 +773,16 @@ mod tests {
         let mut device = observed(256 * 1024);
         let mut stream = BlockStream::new(&mut device).unwrap();
         format(&mut stream, "small").unwrap();
-        let fs = open(stream).unwrap();
-        write_file(&fs, "first", &mut &[1; 1000][..], &mut |_| {}).unwrap();
-        assert!(write_file(&fs, "second", &mut io::repeat(2).take(1 << 20), &mut |_| {}).is_err());
-        let mut bytes = Vec::new();
-        read_file(&fs, "first", &mut bytes, &mut |_| {}).unwrap();
-        assert_eq!(bytes, [1; 1000]);
+        mounted(&mut stream, |fs| {
+            write_file(fs, "first", &mut &[1; 1000][..], &mut |_| {})?;
+            assert!(
+                write_file(fs, "second", &mut io::repeat(2).take(1 << 20), &mut |_| {}).is_err()
+            );
+            let mut bytes = Vec::new();
+            read_file(fs, "first", &mut bytes, &mut |_| {})?;
+            assert_eq!(bytes, [1; 1000]);
+            Ok(())
+        })
+        .unwrap();
     }
 }

@@ -45,8 +45,13 @@ impl log::Log for StderrLogger {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        // smoltcp traces each poll, which drowns what the drivers say.
-        if record.level() < log::Level::Debug || !record.target().starts_with("smoltcp") {
+        // What the drivers say is what counts here; smoltcp traces each poll, fatfs each access.
+        let theirs = ["smoltcp", "fatfs"]
+            .iter()
+            .any(|crate_name| record.target().starts_with(crate_name));
+        let wanted =
+            log::max_level() == log::LevelFilter::Trace && record.level() <= log::Level::Info;
+        if !theirs || wanted {
             eprintln!("{} {}: {}", record.level(), record.target(), record.args());
         }
     }

@@ -40,40 +40,45 @@ pub fn keep_files<D: BlockDriverOps>(
     {
         let mut stream = BlockStream::new(start()?)?;
         fat::format(&mut stream, "axdriver")?;
-        let fs = fat::open(stream)?;
-        for (path, size) in FILES {
-            let written = fat::write_file(&fs, path, &mut contents(path).take(size), &mut |_| {})?;
-            ensure!(
-                written == size,
-                "{written} of {size} bytes of {path} were written"
-            );
-        }
-        fs.unmount().context("cannot flush the file system")?;
+        fat::mounted(&mut stream, |fs| {
+            fs.root_dir()
+                .create_dir("a directory")?
+                .create_dir("with a long name")?;
+            for (path, size) in FILES {
+                let written =
+                    fat::write_file(fs, path, &mut contents(path).take(size), &mut |_| {})?;
+                ensure!(
+                    written == size,
+                    "{written} of {size} bytes of {path} were written"
+                );
+            }
+            Ok(())
+        })?;
         // The driver ends here, and its device is reset.
     }
-    let fs = fat::open(BlockStream::new(
-        start().context("cannot start the driver afresh")?,
-    )?)?;
-    let entries = fat::list(&fs)?;
-    let mut total = 0;
-    for (path, size) in FILES {
-        let listed = entries.iter().find(|entry| entry.path == path);
-        ensure!(
-            listed.is_some_and(|entry| entry.size == Some(size)),
-            "{path} is not listed with {size} bytes"
-        );
-        let (mut read, mut expected) = (Vec::new(), Vec::new());
-        fat::read_file(&fs, path, &mut read, &mut |_| {})?;
-        contents(path).take(size).read_to_end(&mut expected)?;
-        ensure!(read == expected, "{path} is not what was written");
-        total += size;
-    }
-    Ok(format!(
-        "{:?}, {} files, {} written, read back and compared",
-        fs.fat_type(),
-        FILES.len(),
-        report::size(total)
-    ))
+    let mut stream = BlockStream::new(start().context("cannot start the driver afresh")?)?;
+    fat::mounted(&mut stream, |fs| {
+        let entries = fat::list(fs)?;
+        let mut total = 0;
+        for (path, size) in FILES {
+            let listed = entries.iter().find(|entry| entry.path == path);
+            ensure!(
+                listed.is_some_and(|entry| entry.size == Some(size)),
+                "{path} is not listed with {size} bytes"
+            );
+            let (mut read, mut expected) = (Vec::new(), Vec::new());
+            fat::read_file(fs, path, &mut read, &mut |_| {})?;
+            contents(path).take(size).read_to_end(&mut expected)?;
+            ensure!(read == expected, "{path} is not what was written");
+            total += size;
+        }
+        let files = FILES.len();
+        Ok(format!(
+            "{:?}, {files} files, {} written, read back and compared",
+            fs.fat_type(),
+            report::size(total)
+        ))
+    })
 }
 
 /// Returns an endless text that differs from file to file.
