@@ -377,19 +377,17 @@ impl<H: Hal, T: Transport, const QS: usize> VirtIoNetDev<H, T, QS> {
         Err(DevError::Io)
     }
 
-    /// Takes back what the device had, after a reset; after a reset that did not happen, gives it
-    /// up.
+    /// Takes back what the device had, unless it may still use it.
     fn reclaim(&mut self) {
+        if self.lifecycle.is_stuck() {
+            return;
+        }
         for token in 0..QS {
             let posted = [&mut self.rx_posted, &mut self.tx_posted].map(|all| all[token].take());
             for posted in posted.into_iter().flatten() {
-                if self.lifecycle.is_stuck() {
-                    posted.forget();
-                } else {
-                    // SAFETY: the device has been reset.
-                    let buf = unsafe { posted.unshare() };
-                    self.keep_buffer(buf);
-                }
+                // SAFETY: the device has been reset.
+                let buf = unsafe { posted.unshare() };
+                self.keep_buffer(buf);
             }
         }
     }
@@ -654,10 +652,17 @@ impl<H: Hal, T: Transport + Send + Sync, const QS: usize> NetDriverOps for VirtI
 impl<H: Hal, T: Transport, const QS: usize> Drop for VirtIoNetDev<H, T, QS> {
     fn drop(&mut self) {
         // 3.3.1: reset first, then free.
-        if self.lifecycle.stop().is_err() {
-            self.rx.keep();
-            self.tx.keep();
+        if self.lifecycle.stop().is_ok() {
+            self.reclaim();
+            return;
         }
-        self.reclaim();
+        self.rx.keep();
+        self.tx.keep();
+        for places in [&mut self.rx_posted, &mut self.tx_posted] {
+            mem::take(places)
+                .into_iter()
+                .flatten()
+                .for_each(Posted::forget);
+        }
     }
 }
