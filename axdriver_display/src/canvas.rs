@@ -324,6 +324,28 @@ mod tests {
     }
 
     #[test]
+    fn memory_after_the_last_row_is_not_a_row() {
+        let mut memory = [0; 3 * 12];
+        let fb = FrameBuffer::from_slice(&mut memory);
+        let mut canvas = Canvas::new(fb, 3, 2, &DisplayCapabilities::new()).unwrap();
+        assert!(canvas.row(1).is_some());
+        assert!(canvas.row(2).is_none() && canvas.row_mut(2).is_none());
+        assert_eq!(canvas.pixel(0, 2), None);
+        let refused = canvas.set_pixel(0, 2, Color::WHITE);
+        assert_eq!(refused, Err(DevError::InvalidParam));
+    }
+
+    #[test]
+    fn a_framebuffer_may_end_with_the_last_pixel_and_not_before() {
+        let mut memory = [0; 20 + 12];
+        let capabilities = DisplayCapabilities::new().with_stride(Some(20));
+        for (len, fits) in [(32, true), (31, false)] {
+            let fb = FrameBuffer::from_slice(&mut memory[..len]);
+            assert_eq!(Canvas::new(fb, 3, 2, &capabilities).is_ok(), fits);
+        }
+    }
+
+    #[test]
     fn colours_survive_every_format() {
         for format in FORMATS {
             let color = Color::new(1, 2, 3);

@@ -511,7 +511,10 @@ mod tests {
         fn a_length_from_a_device_cannot_leave_the_buffer() {
             let pool = pool(1);
             let mut buf = pool.alloc_boxed().unwrap();
-            buf.set_header_len(12);
+            assert_eq!(buf.try_set_lens(12, 2048 - 12), Ok(()));
+            assert_eq!(buf.try_set_lens(12, 2048 - 11), Err(DevError::InvalidParam));
+            assert_eq!(buf.try_set_lens(1, usize::MAX), Err(DevError::InvalidParam));
+            assert_eq!(buf.try_set_lens(12, 0), Ok(()));
             assert_eq!(buf.try_set_lens(12, 59_988), Err(DevError::InvalidParam));
             assert_eq!(buf.packet_len(), 0);
             buf.set_packet_len(59_988);
