@@ -127,8 +127,8 @@ impl<H: Hal, T: Transport> VirtIoBlkDev<H, T> {
     ///
     /// * [`DevError::Io`]: the device does not reset, or its configuration does not settle.
     /// * [`DevError::Unsupported`]: the device refuses the features, or its queue is too small.
-    /// * [`DevError::BadState`]: the device does not take its queue, or its configuration space
-    ///   is too small.
+    /// * [`DevError::BadState`]: the queue is in use after the reset, or the configuration space is
+    ///   too small.
     /// * [`DevError::NoMemory`]: the HAL has no memory.
     pub fn try_new_with(transport: T, wait: WaitPolicy) -> DevResult<Self> {
         let mut disk = Self {

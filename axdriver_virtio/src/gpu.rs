@@ -149,8 +149,8 @@ impl<H: Hal, T: Transport> VirtIoGpuDev<H, T> {
     /// * [`DevError::Io`]: the device does not reset or does not answer, or its answer is wrong.
     /// * [`DevError::Unsupported`]: the device refuses the features, its queue is too small, or no
     ///   scanout is enabled with a size of 1 to 16384 pixels each way.
-    /// * [`DevError::BadState`]: the device does not take its queue or refuses a command, or its
-    ///   configuration space is too small.
+    /// * [`DevError::BadState`]: the queue is in use after the reset, the device refuses a command,
+    ///   or the configuration space is too small.
     /// * [`DevError::NoMemory`]: the HAL or the device has no memory.
     pub fn try_new_with(transport: T, wait: WaitPolicy) -> DevResult<Self> {
         let mut display = Self {

@@ -166,8 +166,8 @@ impl<H: Hal, T: Transport, const QS: usize> VirtIoNetDev<H, T, QS> {
     /// * [`DevError::InvalidParam`]: `QS` is 0.
     /// * [`DevError::Io`]: the device does not reset, or its configuration does not settle.
     /// * [`DevError::Unsupported`]: the device refuses the features, or offers no queues.
-    /// * [`DevError::BadState`]: the device does not take its queues, or its configuration space
-    ///   is too small.
+    /// * [`DevError::BadState`]: a queue is in use after the reset, or the configuration space is
+    ///   too small.
     /// * [`DevError::NoMemory`]: the HAL or the heap has no memory.
     pub fn try_new_with(transport: T, wait: WaitPolicy) -> DevResult<Self> {
         let capacity = QS.checked_mul(2).ok_or(DevError::InvalidParam)?;

@@ -138,7 +138,7 @@ impl<H: Hal, const N: usize> VirtQueue<H, N> {
     ///
     /// * [`DevError::Unsupported`]: the device offers too few descriptors, or a legacy device
     ///   cannot reach the rings.
-    /// * [`DevError::BadState`]: the queue is in use already, or the device does not take it.
+    /// * [`DevError::BadState`]: the queue is in use already.
     /// * [`DevError::NoMemory`]: the HAL has no memory for indirect tables.
     pub(crate) fn start<T: Transport>(
         &mut self,
@@ -198,12 +198,7 @@ impl<H: Hal, const N: usize> VirtQueue<H, N> {
         }
         let size = u32::from(self.rings.size());
         transport.queue_set(self.index, size, descriptors, available, used);
-        if transport.queue_used(self.index) {
-            Ok(())
-        } else {
-            error!("queue {}: the device did not take it", self.index);
-            Err(DevError::BadState)
-        }
+        Ok(())
     }
 
     /// Never gives the queue's memory back: the device may still use it.

@@ -247,6 +247,10 @@ impl Transport for PciTransport {
             return 0;
         }
         self.select_queue(queue);
+        if self.find_doorbell().is_none() {
+            log::error!("virtio-pci: queue {queue} has its doorbell outside the notify structure");
+            return 0;
+        }
         field_shared!(self.common, queue_size).read().into()
     }
 
@@ -256,7 +260,7 @@ impl Transport for PciTransport {
             self.select_queue(queue);
             self.find_doorbell()
         });
-        // A queue without a doorbell never was enabled; see `queue_set`.
+        // A queue without a doorbell was never enabled, see `queue_set`.
         if let Some(mut register) = doorbell.and_then(|element| self.notify.get(element)) {
             register.write(queue);
         }
@@ -294,8 +298,7 @@ impl Transport for PciTransport {
         let doorbell = self.find_doorbell();
         let size = u16::try_from(size).ok();
         let (Some(doorbell), Some(size)) = (doorbell, size) else {
-            // The queue stays disabled, which `queue_used` tells.
-            log::error!("virtio-pci: queue {queue} has its doorbell outside the notify structure");
+            // Such a queue has no size, see `max_queue_size`; it stays disabled.
             return;
         };
         if let Some(known) = self.doorbells.get_mut(usize::from(queue)) {
