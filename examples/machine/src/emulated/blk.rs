@@ -556,7 +556,8 @@ impl Model for Disk {
 
     fn negotiated(&mut self, device: &mut State) {
         let mut state = self.lock();
-        if state.features & features::RO != 0 && !device.has(features::RO) {
+        let offered = state.features & !device.options.withheld;
+        if offered & features::RO != 0 && !device.has(features::RO) {
             device.violation("BLK-08", "RO was offered and not accepted");
         }
         // Without FLUSH the driver could not empty a cache, so there is none (5.2.5.2).

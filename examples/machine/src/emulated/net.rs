@@ -418,7 +418,7 @@ impl Model for Nic {
     }
 
     fn negotiated(&mut self, device: &mut State) {
-        let offered = self.lock().features;
+        let offered = self.lock().features & !device.options.withheld;
         for (feature, id, name) in [
             (features::MAC, "NET-03", "MAC"),
             (features::MTU, "NET-06", "MTU"),
