@@ -1,0 +1,535 @@
+//! The drivers of `axdriver_virtio` on QEMU's devices: their contracts, their data, and what goes wrong.
+//!
+//! Without QEMU the tests are skipped, each with a line that says so; `AXDRIVER_REQUIRE_QEMU=1` makes them fail instead.
+
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::expect_used,
+    clippy::missing_panics_doc,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
+    reason = "a test fails by panicking, and its patterns wrap"
+)]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::time::Duration;
+
+use axdriver_base::{DevError, DevResult};
+use axdriver_block::conformance as block_rules;
+use axdriver_display::conformance as display_rules;
+use axdriver_net::conformance as net_rules;
+use axdriver_net::{NetDriverOps, smoltcp::SmoltcpDevice};
+use axdriver_virtio::{VirtIoBlkDev, VirtIoNetDev, probe_mmio_device};
+use machine::qemu::{
+    Bus, Cable, Disk, DiskOperation, Display, Fault, ImageFormat, Nic, QemuBoard, QemuMachine,
+    QemuOptions,
+};
+use machine::{MachineHal, Version};
+use support::{Drivers, LONG, Scratch, much, patiently, pattern, skip, write_at_random};
+
+const VIRT: QemuMachine = QemuMachine::Aarch64Virt;
+const Q35: QemuMachine = QemuMachine::X86Q35;
+
+/// Leaves the test, with a line that says so, where QEMU is missing.
+macro_rules! need {
+    ($machine:expr) => {
+        if let Some(why) = QemuBoard::missing($machine) {
+            skip(&why);
+            return;
+        }
+    };
+}
+
+/// The other end of a cable, as the rules for NICs want it.
+struct FarEnd(Cable);
+
+impl<D: ?Sized> net_rules::Peer<D> for FarEnd {
+    fn send(&mut self, _dev: &mut D, frame: &[u8]) -> DevResult {
+        self.0.send(frame, LONG).map_err(|_| DevError::Io)
+    }
+
+    fn receive(&mut self, _dev: &mut D, frame: &mut [u8]) -> DevResult<usize> {
+        let received = self.0.try_receive().map_err(|_| DevError::Io)?;
+        let received = received.ok_or(DevError::Again)?;
+        let length = received.len().min(frame.len());
+        frame[..length].copy_from_slice(&received[..length]);
+        Ok(received.len())
+    }
+
+    fn wait(&mut self, _dev: &mut D, attempts: u32) -> bool {
+        std::thread::sleep(Duration::from_micros(if attempts < 100 {
+            10
+        } else {
+            1000
+        }));
+        attempts < 5000
+    }
+}
+
+/// Checks all rules of all three traits on a disk, a NIC and a display with these properties.
+fn contracts_hold<const QS: usize>(
+    machine: QemuMachine,
+    bus: Bus,
+    version: Version,
+    properties: &[(&str, &str)],
+) {
+    let image = Scratch::image(
+        &format!("contract-{machine:?}-{bus:?}-{version:?}-{QS}"),
+        1 << 20,
+    );
+    let mut options = QemuOptions::new(machine)
+        .mmio(version)
+        .disk(Disk::new(&image.0, ImageFormat::Raw).on(bus))
+        .nic(Nic::on_cable().on(bus))
+        .display(Display::new(200, 120).on(bus));
+    for (name, value) in properties {
+        options = options.property_of_all(name, value);
+    }
+    contracts_of::<QS>(&options, properties);
+}
+
+fn contracts_of<const QS: usize>(options: &QemuOptions, properties: &[(&str, &str)]) {
+    let mut board = QemuBoard::start(options).unwrap();
+    let memory = board.memory().clone();
+    let mut drivers = Drivers::probe::<QS>(&board);
+    for disk in &mut drivers.disks {
+        let verdict = block_rules::check(disk.as_mut());
+        verdict.unwrap_or_else(|violation| panic!("{violation} {properties:?}"));
+    }
+    for (number, nic) in drivers.nics.iter_mut().enumerate() {
+        let mut peer = FarEnd(board.take_cable(number).unwrap());
+        let verdict = net_rules::check(nic.as_mut(), &mut peer);
+        verdict.unwrap_or_else(|violation| panic!("{violation} {properties:?}"));
+    }
+    for display in &mut drivers.displays {
+        let verdict = display_rules::check(display.as_mut());
+        verdict.unwrap_or_else(|violation| panic!("{violation} {properties:?}"));
+    }
+    board.check().unwrap();
+    drop(drivers);
+    let counters = memory.counters();
+    assert_eq!((counters.pages_live, counters.shares_live), (0, 0));
+    assert!(memory.overwritten_free_pages().is_empty());
+}
+
+/// Every choice of the two features that change how a queue is spoken.
+fn contracts_hold_with_queue_features(machine: QemuMachine, bus: Bus, version: Version) {
+    for event_idx in ["on", "off"] {
+        for indirect in ["on", "off"] {
+            let properties = [("event_idx", event_idx), ("indirect_desc", indirect)];
+            contracts_hold::<64>(machine, bus, version, &properties);
+        }
+    }
+}
+
+#[test]
+fn contracts_hold_on_modern_mmio() {
+    need!(VIRT);
+    contracts_hold_with_queue_features(VIRT, Bus::Mmio, Version::Modern);
+}
+
+#[test]
+fn contracts_hold_on_legacy_mmio() {
+    need!(VIRT);
+    contracts_hold_with_queue_features(VIRT, Bus::Mmio, Version::Legacy);
+}
+
+#[test]
+fn contracts_hold_on_pci() {
+    need!(VIRT);
+    contracts_hold_with_queue_features(VIRT, Bus::Pci, Version::Modern);
+}
+
+#[test]
+fn contracts_hold_on_the_pci_bus_of_a_pc() {
+    need!(Q35);
+    contracts_hold_with_queue_features(Q35, Bus::Pci, Version::Modern);
+}
+
+#[test]
+fn contracts_hold_where_devices_ask_for_platform_addresses() {
+    need!(VIRT);
+    let properties = [("iommu_platform", "on")];
+    contracts_hold::<64>(VIRT, Bus::Mmio, Version::Modern, &properties);
+    contracts_hold::<64>(VIRT, Bus::Pci, Version::Modern, &properties);
+    need!(Q35);
+    contracts_hold::<64>(Q35, Bus::Pci, Version::Modern, &properties);
+}
+
+#[test]
+fn contracts_hold_with_disk_queues_of_4_to_1024() {
+    need!(VIRT);
+    for bus in [Bus::Mmio, Bus::Pci] {
+        for size in [4, 8, 16, 32, 64, 128, 256, 512, 1024] {
+            let image = Scratch::image(&format!("disk-queue-{bus:?}"), 1 << 20);
+            let disk = Disk::new(&image.0, ImageFormat::Raw)
+                .on(bus)
+                .property("queue-size", &size.to_string());
+            let options = QemuOptions::new(VIRT).disk(disk);
+            contracts_of::<64>(&options, &[("queue-size", "")]);
+        }
+    }
+}
+
+#[test]
+fn contracts_hold_with_nic_queues_of_4_to_1024() {
+    need!(VIRT);
+    for bus in [Bus::Mmio, Bus::Pci] {
+        let nic = || Nic::on_cable().on(bus).property("rx_queue_size", "1024");
+        let options = QemuOptions::new(VIRT).nic(nic());
+        contracts_of::<4>(&options, &[("QS", "4")]);
+        contracts_of::<16>(&options, &[("QS", "16")]);
+        contracts_of::<256>(&options, &[("QS", "256")]);
+        contracts_of::<1024>(&options, &[("QS", "1024")]);
+    }
+}
+
+#[test]
+fn contracts_hold_without_the_features_that_devices_may_lack() {
+    need!(VIRT);
+    let image = Scratch::image("plain", 1 << 20);
+    let disk = Disk::new(&image.0, ImageFormat::Raw)
+        .property("config-wce", "off")
+        .property("discard", "off")
+        .property("write-zeroes", "off")
+        .property("physical_block_size", "4096")
+        .property("logical_block_size", "4096")
+        .property("num-queues", "4");
+    let nic = Nic::on_cable()
+        .property("mrg_rxbuf", "off")
+        .property("csum", "off")
+        .property("guest_csum", "off")
+        .property("ctrl_vq", "off")
+        .property("host_mtu", "1400");
+    let display = Display::new(320, 200)
+        .property("edid", "off")
+        .property("max_outputs", "2");
+    let options = QemuOptions::new(VIRT)
+        .disk(disk)
+        .disk(Disk::null(1 << 20).read_only())
+        .nic(nic)
+        .display(display);
+    contracts_of::<64>(&options, &[("plain", "")]);
+}
+
+fn random_writes_reach_the_image(machine: QemuMachine, bus: Bus, version: Version) {
+    let size = 16 << 20;
+    let image = Scratch::sparse(&format!("random-{machine:?}-{bus:?}-{version:?}"), size);
+    let disk = Disk::new(&image.0, ImageFormat::Raw).on(bus);
+    let options = QemuOptions::new(machine).mmio(version).disk(disk);
+    let board = QemuBoard::start(&options).unwrap();
+    let mut drivers = Drivers::probe::<4>(&board);
+    let expected = write_at_random(drivers.disks[0].as_mut(), much(), 1);
+    assert!(image.read(0, expected.len()) == expected);
+    drop(drivers);
+    board.shut_down().unwrap();
+    assert!(image.read(0, expected.len()) == expected);
+}
+
+#[test]
+fn what_is_written_at_random_over_modern_mmio_is_in_the_image() {
+    need!(VIRT);
+    random_writes_reach_the_image(VIRT, Bus::Mmio, Version::Modern);
+}
+
+#[test]
+fn what_is_written_at_random_over_legacy_mmio_is_in_the_image() {
+    need!(VIRT);
+    random_writes_reach_the_image(VIRT, Bus::Mmio, Version::Legacy);
+}
+
+#[test]
+fn what_is_written_at_random_over_pci_is_in_the_image() {
+    need!(Q35);
+    random_writes_reach_the_image(Q35, Bus::Pci, Version::Modern);
+}
+
+#[test]
+fn what_was_flushed_before_qemu_is_killed_is_in_the_image_and_calls_after_fail() {
+    need!(VIRT);
+    for bus in [Bus::Mmio, Bus::Pci] {
+        let image = Scratch::sparse(&format!("killed-{bus:?}"), 4 << 20);
+        let disk = Disk::new(&image.0, ImageFormat::Raw).on(bus);
+        let mut board = QemuBoard::start(&QemuOptions::new(VIRT).disk(disk)).unwrap();
+        // Whoever waits for the dead waits for all that it is willing to.
+        let impatiently = patiently().with_max_polls(40_000);
+        let mut drivers = Drivers::probe_with::<4>(&board, impatiently);
+        let disk = drivers.disks[0].as_mut();
+        let expected = write_at_random(disk, 8 << 20, 7);
+        // Not flushed, so that it may be there or not.
+        disk.write_block(0, &[0xaa; 512]).unwrap();
+        let killer = std::thread::spawn({
+            let process = board.process_id().to_string();
+            move || {
+                std::thread::sleep(Duration::from_millis(20));
+                std::process::Command::new("kill")
+                    .args(["-KILL", &process])
+                    .status()
+                    .unwrap();
+            }
+        });
+        // Into the kill, without a flush.
+        let error = loop {
+            match disk.write_block(0, &[0xbb; 65536]) {
+                Ok(()) => {}
+                Err(error) => break error,
+            }
+        };
+        killer.join().unwrap();
+        assert!(
+            matches!(error, DevError::Io | DevError::BadState),
+            "{error}"
+        );
+        assert_eq!(disk.read_block(0, &mut [0; 512]), Err(DevError::BadState));
+        assert!(board.check().is_err());
+        let tail = 65536;
+        assert!(image.read(tail as u64, expected.len() - tail) == expected[tail..]);
+        drop(drivers);
+        board.kill();
+    }
+}
+
+#[test]
+fn errors_that_the_image_has_come_out_as_io() {
+    need!(VIRT);
+    for bus in [Bus::Mmio, Bus::Pci] {
+        let image = Scratch::image(&format!("errors-{bus:?}"), 1 << 20);
+        let disk = Disk::new(&image.0, ImageFormat::Raw)
+            .on(bus)
+            .fault(Fault::of(DiskOperation::Read).sector(5))
+            .fault(Fault::of(DiskOperation::Write).sector(6).error(28))
+            .fault(Fault::of(DiskOperation::Flush).once());
+        let board = QemuBoard::start(&QemuOptions::new(VIRT).disk(disk)).unwrap();
+        let mut drivers = Drivers::probe::<4>(&board);
+        let disk = drivers.disks[0].as_mut();
+        let mut sector = [0; 512];
+        for _ in 0..3 {
+            assert_eq!(disk.read_block(5, &mut sector), Err(DevError::Io));
+            assert_eq!(disk.write_block(6, &sector), Err(DevError::Io));
+            assert_eq!(disk.read_block(0, &mut [0; 16 * 512]), Err(DevError::Io));
+            // The device goes on.
+            assert_eq!(disk.read_block(4, &mut sector), Ok(()));
+            assert_eq!(sector[..], pattern(4 * 512, 512));
+            assert_eq!(disk.write_block(5, &sector), Ok(()));
+        }
+        assert_eq!(disk.flush(), Err(DevError::Io));
+        assert_eq!(disk.write_block(7, &sector), Ok(()));
+        assert_eq!(disk.flush(), Ok(()));
+    }
+}
+
+#[test]
+fn a_read_only_image_refuses_writes() {
+    need!(VIRT);
+    let image = Scratch::image("read-only", 1 << 20);
+    let disk = Disk::new(&image.0, ImageFormat::Raw).read_only();
+    let board = QemuBoard::start(&QemuOptions::new(VIRT).disk(disk)).unwrap();
+    let mut drivers = Drivers::probe::<4>(&board);
+    let disk = drivers.disks[0].as_mut();
+    assert!(disk.capabilities().read_only);
+    assert_eq!(disk.write_block(0, &[0; 512]), Err(DevError::Unsupported));
+    let mut sector = [0; 512];
+    disk.read_block(3, &mut sector).unwrap();
+    assert_eq!(sector[..], pattern(3 * 512, 512));
+}
+
+#[test]
+fn a_disk_that_grows_or_shrinks_has_its_new_size() {
+    need!(VIRT);
+    let image = Scratch::image("grows", 1 << 20);
+    let disk = Disk::new(&image.0, ImageFormat::Raw).on(Bus::Mmio);
+    let mut board = QemuBoard::start(&QemuOptions::new(VIRT).disk(disk)).unwrap();
+    let slot = board.mmio_slots()[0];
+    // SAFETY: the registers are those of the board, and nobody else uses the slot.
+    let (_, transport) = unsafe { probe_mmio_device(slot.pointer(), slot.size) }.unwrap();
+    let mut disk = VirtIoBlkDev::<MachineHal, _>::try_new_with(transport, patiently()).unwrap();
+    use axdriver_base::{BaseDriverOps, InterruptCause};
+    use axdriver_block::BlockDriverOps;
+    assert_eq!(disk.num_blocks(), 2048);
+    let mut sector = [0; 512];
+    for megabytes in [3, 2] {
+        board.qmp().block_resize("disk0", megabytes << 20).unwrap();
+        let cause = disk.acknowledge_interrupt().unwrap();
+        assert!(cause.contains(InterruptCause::CONFIGURATION));
+        assert_eq!(disk.num_blocks(), megabytes << 11);
+        assert_eq!(disk.read_block((megabytes << 11) - 1, &mut sector), Ok(()));
+        let beyond = disk.read_block(megabytes << 11, &mut sector);
+        assert_eq!(beyond, Err(DevError::InvalidParam));
+    }
+}
+
+#[test]
+fn a_cable_that_is_pulled_out_and_put_back_shows_in_the_link() {
+    need!(VIRT);
+    let nic = Nic::on_cable().on(Bus::Mmio);
+    let mut board = QemuBoard::start(&QemuOptions::new(VIRT).nic(nic)).unwrap();
+    let mut cable = board.take_cable(0).unwrap();
+    let slot = board.mmio_slots()[0];
+    // SAFETY: the registers are those of the board, and nobody else uses the slot.
+    let (_, transport) = unsafe { probe_mmio_device(slot.pointer(), slot.size) }.unwrap();
+    let mut nic = VirtIoNetDev::<MachineHal, _, 16>::try_new_with(transport, patiently()).unwrap();
+    use axdriver_base::BaseDriverOps;
+    assert_eq!(nic.capabilities().link, Some(true));
+    board.qmp().set_link("nic0", false).unwrap();
+    nic.acknowledge_interrupt().unwrap();
+    assert_eq!(nic.capabilities().link, Some(false));
+    board.qmp().set_link("nic0", true).unwrap();
+    nic.acknowledge_interrupt().unwrap();
+    assert_eq!(nic.capabilities().link, Some(true));
+
+    let frame = pattern(0, 600);
+    let mut buffer = nic.alloc_tx_buffer(frame.len()).unwrap();
+    buffer.packet_mut().copy_from_slice(&frame);
+    nic.transmit(buffer).unwrap();
+    assert_eq!(cable.receive(LONG).unwrap(), frame);
+}
+
+#[test]
+fn a_flood_comes_in_whole_and_in_order() {
+    need!(VIRT);
+    for bus in [Bus::Mmio, Bus::Pci] {
+        let nic = Nic::on_cable().on(bus);
+        let mut board = QemuBoard::start(&QemuOptions::new(VIRT).nic(nic)).unwrap();
+        let mut cable = board.take_cable(0).unwrap();
+        let mut drivers = Drivers::probe::<64>(&board);
+        let nic = drivers.nics[0].as_mut();
+        let frames = 5000_u32;
+        let mut destination = [0xff; 6].to_vec();
+        destination.extend([2, 0, 0, 0, 0, 1, 0x88, 0xb5]);
+        let flood = std::thread::spawn(move || {
+            for number in 0..frames {
+                let mut frame = destination.clone();
+                frame.extend(number.to_le_bytes());
+                frame.resize(60 + number as usize % 1400, number as u8);
+                cable.send(&frame, LONG).unwrap();
+            }
+            cable
+        });
+        let mut expected = 0;
+        let end = std::time::Instant::now() + LONG;
+        while expected < frames {
+            assert!(
+                std::time::Instant::now() < end,
+                "{expected} of {frames} came"
+            );
+            match nic.receive() {
+                Ok(buffer) => {
+                    let number = u32::from_le_bytes(buffer.packet()[14..18].try_into().unwrap());
+                    // A NIC without room drops frames, and those that come keep their order.
+                    assert_eq!(number, expected);
+                    assert_eq!(buffer.packet_len(), 60 + number as usize % 1400);
+                    expected = number + 1;
+                    nic.recycle_rx_buffer(buffer).unwrap();
+                }
+                Err(DevError::Again) => std::thread::yield_now(),
+                Err(error) => panic!("{error}"),
+            }
+        }
+        flood.join().unwrap();
+    }
+}
+
+#[test]
+fn what_is_drawn_is_what_qemu_shows() {
+    need!(VIRT);
+    for bus in [Bus::Mmio, Bus::Pci] {
+        let display = Display::new(300, 200).on(bus);
+        let mut board = QemuBoard::start(&QemuOptions::new(VIRT).display(display)).unwrap();
+        let mut drivers = Drivers::probe::<4>(&board);
+        let display = drivers.displays[0].as_mut();
+        let info = display.info();
+        assert_eq!((info.width, info.height), (300, 200));
+        for shade in [1, 99] {
+            let colour = |x: u32, y: u32| [(x * shade) as u8, (y * 3) as u8, (x ^ y) as u8];
+            let stride = display.capabilities().stride.unwrap_or(300 * 4);
+            let mut framebuffer = display.fb();
+            for (y, row) in (0..200).zip(framebuffer.as_bytes_mut().chunks_mut(stride)) {
+                for (x, pixel) in (0..300).zip(row.as_chunks_mut::<4>().0) {
+                    let [red, green, blue] = colour(x, y);
+                    *pixel = [blue, green, red, 0];
+                }
+            }
+            display.flush().unwrap();
+            let image = board.image(0, 0).unwrap();
+            assert_eq!((image.width, image.height), (300, 200));
+            for (x, y) in (0..300).flat_map(|x| (0..200).map(move |y| (x, y))) {
+                let [red, green, blue] = colour(x, y);
+                assert_eq!(image.pixel(x, y), Some([red, green, blue, 255]), "{x}, {y}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_address_comes_by_dhcp_and_a_page_over_tcp() {
+    use smoltcp::iface::{Config, Interface, SocketSet};
+    use smoltcp::socket::{dhcpv4, tcp};
+    use smoltcp::time::Instant;
+    use smoltcp::wire::{HardwareAddress, IpCidr};
+
+    need!(VIRT);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let page = pattern(0, 100_000);
+    let server = std::thread::spawn({
+        let page = page.clone();
+        move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = [0; 3];
+            stream.read_exact(&mut request).unwrap();
+            assert_eq!(&request, b"GET");
+            stream.write_all(&page).unwrap();
+        }
+    });
+
+    let nic = Nic::on_user_network("");
+    let board = QemuBoard::start(&QemuOptions::new(VIRT).nic(nic)).unwrap();
+    let mut drivers = Drivers::probe::<64>(&board);
+    let nic = drivers.nics.pop().unwrap();
+    let address = HardwareAddress::Ethernet(smoltcp::wire::EthernetAddress(nic.mac_address().0));
+    let mut device = SmoltcpDevice::new(nic);
+    let start = std::time::Instant::now();
+    let now = || Instant::from_micros(start.elapsed().as_micros() as i64);
+    let mut interface = Interface::new(Config::new(address), &mut device, now());
+    let mut sockets = SocketSet::new(vec![]);
+    let dhcp = sockets.add(dhcpv4::Socket::new());
+    let buffer = || tcp::SocketBuffer::new(vec![0; 16 * 1024]);
+    let tcp = sockets.add(tcp::Socket::new(buffer(), buffer()));
+    let mut received = Vec::new();
+    let mut asked = false;
+    while received.len() < page.len() {
+        assert!(start.elapsed() < LONG, "{} bytes came", received.len());
+        interface.poll(now(), &mut device, &mut sockets);
+        if let Some(dhcpv4::Event::Configured(configuration)) =
+            sockets.get_mut::<dhcpv4::Socket>(dhcp).poll()
+        {
+            assert_eq!(configuration.address.to_string(), "10.0.2.15/24");
+            interface.update_ip_addrs(|addresses| {
+                addresses.push(IpCidr::Ipv4(configuration.address)).unwrap();
+            });
+            let host = smoltcp::wire::IpAddress::v4(10, 0, 2, 2);
+            let socket = sockets.get_mut::<tcp::Socket>(tcp);
+            socket
+                .connect(interface.context(), (host, port), 49_152)
+                .unwrap();
+        }
+        let socket = sockets.get_mut::<tcp::Socket>(tcp);
+        if socket.may_send() && !asked {
+            socket.send_slice(b"GET").unwrap();
+            asked = true;
+        }
+        if socket.can_recv() {
+            let mut chunk = [0; 4096];
+            let length = socket.recv_slice(&mut chunk).unwrap();
+            received.extend_from_slice(&chunk[..length]);
+        }
+        std::thread::yield_now();
+    }
+    assert!(received == page);
+    server.join().unwrap();
+}
