@@ -68,6 +68,8 @@ pub enum Fault {
     UsedLenShort,
     /// The used length is 0.
     UsedLenZero,
+    /// Used id and length are numbers out of the blue.
+    UsedGarbage,
     /// The used index jumps ahead of what was posted.
     UsedIndexJump,
     /// The used index goes back by one.
@@ -97,13 +99,15 @@ pub enum Fault {
     GpuResponseType,
     /// The GPU's response stops in the middle of its header.
     GpuResponseShort,
+    /// What follows the header of the GPU's response is one number out of the blue, over and over.
+    GpuResponseGarbage,
     /// The display is 0 by 0 pixels.
     DisplayEmpty,
     /// The display is 65536 by 16385 pixels, whose bytes overflow 32 bits.
     DisplayHuge,
 
-    /// Before each usable virtio capability there is one with a reserved BAR, and one of a reserved type comes first. A driver
-    /// has to find its way all the same (4.1.4.1).
+    /// Before the usable virtio capabilities there are some with reserved BARs and with one for I/O ports, and one of a reserved
+    /// type. A driver has to find its way all the same (4.1.4.1).
     CapabilityDecoys,
     /// The PCI capability list leads back into itself.
     CapabilityLoop,
@@ -111,6 +115,10 @@ pub enum Fault {
     CapabilityOffEnd,
     /// The virtio capabilities name a reserved BAR.
     BarReserved(u8),
+    /// The BAR is of a reserved type.
+    BarTypeReserved,
+    /// The BAR has half of all addresses.
+    BarHuge,
     /// Offset and length of the virtio capabilities wrap around 32 bits.
     OffsetWraps,
     /// The structures of the virtio capabilities lie beyond the end of the BAR.
@@ -171,6 +179,7 @@ impl Fault {
         Self::UsedLenLong,
         Self::UsedLenShort,
         Self::UsedLenZero,
+        Self::UsedGarbage,
         Self::UsedIndexJump,
         Self::UsedIndexBack,
         Self::CompleteTwice,
@@ -187,6 +196,7 @@ impl Fault {
         Self::FrameOversized,
         Self::GpuResponseType,
         Self::GpuResponseShort,
+        Self::GpuResponseGarbage,
         Self::DisplayEmpty,
         Self::DisplayHuge,
         Self::CapabilityDecoys,
@@ -194,6 +204,8 @@ impl Fault {
         Self::CapabilityOffEnd,
         Self::BarReserved(6),
         Self::BarReserved(255),
+        Self::BarTypeReserved,
+        Self::BarHuge,
         Self::OffsetWraps,
         Self::OffsetBeyondBar,
         Self::NotifyOffsetOutOfRange,
@@ -220,6 +232,7 @@ impl Fault {
             | Self::UsedLenLong
             | Self::UsedLenShort
             | Self::UsedLenZero
+            | Self::UsedGarbage
             | Self::UsedIndexJump
             | Self::UsedIndexBack
             | Self::CompleteTwice
@@ -228,12 +241,16 @@ impl Fault {
             | Self::CompleteOutOfOrder => Occasion::Completion,
             Self::BlockStatus(_) | Self::BlockStatusUnwritten => Occasion::Block,
             Self::NetBuffersWrong | Self::FrameRunt | Self::FrameOversized => Occasion::Frame,
-            Self::GpuResponseType | Self::GpuResponseShort => Occasion::GpuResponse,
+            Self::GpuResponseType | Self::GpuResponseShort | Self::GpuResponseGarbage => {
+                Occasion::GpuResponse
+            }
             Self::DisplayEmpty | Self::DisplayHuge => Occasion::DisplayInfo,
             Self::CapabilityDecoys
             | Self::CapabilityLoop
             | Self::CapabilityOffEnd
             | Self::BarReserved(_)
+            | Self::BarTypeReserved
+            | Self::BarHuge
             | Self::OffsetWraps
             | Self::OffsetBeyondBar
             | Self::NotifyMultiplierOdd => Occasion::Capabilities,

@@ -23,6 +23,9 @@ use crate::trace::{Event, Trace};
 pub const PAGE_SIZE: usize = 4096;
 const PAGE: u64 = 4096;
 
+/// How many pages, the last ones, copies of lent buffers take turns in.
+const BOUNCE_PAGES: usize = 256;
+
 /// What a page holds from the moment it is freed.
 pub const POISON: u8 = 0xa5;
 
@@ -79,6 +82,8 @@ struct Pages {
     state: Vec<Page>,
     /// Where the next search begins, so that freed pages rest for as long as possible.
     next: usize,
+    /// The same for copies, which stay among the last pages for as long as there is room.
+    next_bounce: usize,
     /// By guest-physical address.
     bounces: HashMap<u64, Bounce>,
     counters: MemoryCounters,
@@ -178,6 +183,7 @@ impl Memory {
             pages: Mutex::new(Pages {
                 state: vec![Page::Fresh; size / PAGE_SIZE],
                 next: 0,
+                next_bounce: 0,
                 bounces: HashMap::new(),
                 counters: MemoryCounters::default(),
                 limit: None,
@@ -387,7 +393,15 @@ impl Memory {
         {
             return None;
         }
-        let start = find_run(&pages.state, pages.next, count)?;
+        // Copies go around in a small part of the memory, so that it stays in the processor's cache.
+        let last = pages.state.len().saturating_sub(BOUNCE_PAGES);
+        let start = if allocation {
+            find_run(&pages.state, pages.next, count)?
+        } else {
+            find_run(&pages.state[last..], pages.next_bounce, count)
+                .map(|start| last + start)
+                .or_else(|| find_run(&pages.state, pages.next, count))?
+        };
         let address = self.base + start as u64 * PAGE;
         for (index, state) in pages.state[start..start + count].iter_mut().enumerate() {
             let page = address + index as u64 * PAGE;
@@ -399,12 +413,13 @@ impl Memory {
             }
             *state = Page::Live;
         }
-        pages.next = start + count;
         if allocation {
+            pages.next = start + count;
             pages.counters.allocations += 1;
             pages.counters.pages_live += count;
             pages.counters.pages_peak = pages.counters.pages_peak.max(pages.counters.pages_live);
         } else {
+            pages.next_bounce = start.saturating_sub(last) + count;
             pages.counters.bounces += 1;
             pages.counters.bounces_live += 1;
         }
@@ -453,7 +468,7 @@ impl Memory {
         self.guest
             .read_slice(&mut bytes, GuestAddress(address))
             .is_ok()
-            && bytes.iter().all(|byte| *byte == POISON)
+            && bytes == [POISON; PAGE_SIZE]
     }
 
     fn fill(&self, address: u64, len: usize, byte: u8) {

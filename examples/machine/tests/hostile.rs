@@ -287,6 +287,35 @@ fn capability_lists_lie_as_they_are_told() {
 }
 
 #[test]
+fn bars_lie_as_they_are_told() {
+    let infos = |fault| {
+        let board = pci_disk(fault);
+        let function = board.pci_functions()[0].address;
+        board.pci().bars(function)
+    };
+    infos(Fault::BarTypeReserved).unwrap_err();
+    let huge = infos(Fault::BarHuge).unwrap();
+    assert_eq!(
+        huge[4].as_ref().unwrap().memory_address_size(),
+        Some((0, 1 << 63))
+    );
+    let decoys = infos(Fault::CapabilityDecoys).unwrap();
+    assert_eq!(decoys[0].as_ref().unwrap().memory_address_size(), None);
+    let board = pci_disk(Fault::NotifyOffsetOutOfRange);
+    assert_eq!(board.machine().bus().read(0x1000_001e, 2), 0x7fff);
+}
+
+#[test]
+fn undefined_interrupt_bits_are_set() {
+    let board = disk(Hostile::new().always(Fault::InterruptBits));
+    let driver = Driver::new(&board, 0);
+    board.device(0).spurious_interrupt(1);
+    assert_eq!(driver.read(0x60), 0xf1);
+    driver.write(0x64, 0xf1);
+    assert_eq!(driver.violations(), ["MMIO-13"]);
+}
+
+#[test]
 fn unusable_capabilities_are_refused_by_a_careful_driver() {
     for fault in [Fault::OffsetBeyondBar, Fault::NotifyMultiplierOdd] {
         let board = pci_disk(fault);

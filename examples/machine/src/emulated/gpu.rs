@@ -628,6 +628,12 @@ impl Display {
             bytes[16..20].copy_from_slice(&words.u32(16).to_le_bytes());
         }
         bytes.extend(body);
+        if fault == Some(Fault::GpuResponseGarbage) {
+            let garbage = device.options.hostile.number().to_le_bytes();
+            for (byte, lie) in bytes[HEADER..].iter_mut().zip(garbage.iter().cycle()) {
+                *byte = *lie;
+            }
+        }
         if fault == Some(Fault::GpuResponseShort) {
             bytes.truncate(8);
         }

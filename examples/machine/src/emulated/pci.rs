@@ -15,6 +15,8 @@ pub(crate) const WINDOW: Range<u64> = 0x1000_0000..0x2000_0000;
 
 const BAR_INDEX: u8 = 4;
 const BAR_SIZE: u64 = 0x4000;
+/// Number of I/O ports, on functions that have any.
+const PORTS: u32 = 32;
 const COMMON: u64 = 0x0000;
 const COMMON_LEN: u64 = 56;
 const ISR: u64 = 0x1000;
@@ -48,6 +50,45 @@ pub(crate) enum Kind {
     Virtio(usize),
 }
 
+/// What a function says of itself for as long as it is there.
+#[derive(Debug)]
+struct Conduct {
+    fault: Option<Fault>,
+    /// Configuration space with nothing but the capabilities.
+    capabilities: [u8; 256],
+}
+
+impl Conduct {
+    fn decide(core: &mut Core) -> Self {
+        let fault = core.state.fault(Occasion::Capabilities);
+        Self {
+            fault,
+            capabilities: capabilities(core, fault),
+        }
+    }
+
+    fn bar_size(&self) -> u64 {
+        if self.fault == Some(Fault::BarHuge) {
+            1 << 63
+        } else {
+            BAR_SIZE
+        }
+    }
+
+    fn bar_flags(&self) -> u64 {
+        if self.fault == Some(Fault::BarTypeReserved) {
+            0b1110
+        } else {
+            0b1100
+        }
+    }
+
+    /// Whether BAR 0 is one for I/O ports.
+    fn has_ports(&self) -> bool {
+        self.fault == Some(Fault::CapabilityDecoys)
+    }
+}
+
 /// A function of the bus.
 #[derive(Debug)]
 pub(crate) struct PciFunction {
@@ -55,8 +96,11 @@ pub(crate) struct PciFunction {
     pub(crate) device: u8,
     command: u16,
     bar: u64,
+    /// Address of the I/O BAR, on functions that have one.
+    ports: u32,
     line: u8,
-    capabilities: Option<[u8; 256]>,
+    /// How the function lies about its capabilities and BARs, once that is decided.
+    conduct: Option<Conduct>,
     selects: Selects,
 }
 
@@ -67,8 +111,9 @@ impl PciFunction {
             device,
             command: 0,
             bar: 0,
+            ports: 0,
             line: 0,
-            capabilities: None,
+            conduct: None,
             selects: Selects::default(),
         }
     }
@@ -115,7 +160,12 @@ impl PciFunction {
 
     /// Puts the configuration space of a virtio function together.
     fn space(&mut self, core: &mut Core) -> [u8; 256] {
-        let mut space = *self.capabilities.get_or_insert_with(|| capabilities(core));
+        let conduct = self.conduct.get_or_insert_with(|| Conduct::decide(core));
+        let mut space = conduct.capabilities;
+        let flags = conduct.bar_flags();
+        if conduct.has_ports() {
+            put(&mut space, 0x10, &(self.ports | 1).to_le_bytes());
+        }
         let kind = u16::try_from(core.model.kind()).unwrap_or(0);
         let transitional = match kind {
             1 => Some(0x1000),
@@ -142,7 +192,7 @@ impl PciFunction {
         space[0x08] = u8::from(transitional.is_none());
         space[0x0a] = subclass;
         space[0x0b] = class;
-        let bar = (self.bar | 0b1100).to_le_bytes();
+        let bar = (self.bar | flags).to_le_bytes();
         put(&mut space, 0x10 + 4 * usize::from(BAR_INDEX), &bar);
         put(&mut space, 0x2c, &0x1af4_u16.to_le_bytes());
         put(&mut space, 0x2e, &0x1100_u16.to_le_bytes());
@@ -183,8 +233,12 @@ impl PciFunction {
                         "a BAR was written while memory decoding was enabled",
                     );
                 }
+                let conduct = self.conduct.get_or_insert_with(|| Conduct::decide(core));
                 set_half(&mut self.bar, offset != bar, word);
-                self.bar &= !(BAR_SIZE - 1);
+                self.bar &= !(conduct.bar_size() - 1);
+            }
+            (0x10, 4) if self.conduct.as_ref().is_some_and(Conduct::has_ports) => {
+                self.ports = word & !(PORTS - 1);
             }
             (0x10..0x28 | 0x30, 4) => {}
             (0x3c, 1 | 4) => self.line = (value & 0xff) as u8,
@@ -438,8 +492,7 @@ fn bridge(command: u16) -> [u8; 256] {
 }
 
 /// Puts the list of capabilities together (4.1.4), as honest as the device is.
-fn capabilities(core: &mut Core) -> [u8; 256] {
-    let fault = core.state.fault(Occasion::Capabilities);
+fn capabilities(core: &mut Core, fault: Option<Fault>) -> [u8; 256] {
     let number = if fault.is_some() {
         core.state.options.hostile.number()
     } else {
@@ -461,7 +514,7 @@ fn capabilities(core: &mut Core) -> [u8; 256] {
         list.insert(0, (9, 0, 64, 16, BAR_INDEX));
         list.insert(1, (1, 0, 64, 16, 7));
         list.insert(2, (2, 0, 64, 24, 6));
-        list.insert(3, (3, 0, 64, 16, 255));
+        list.insert(3, (3, 0, 1, 16, 0));
     }
     let count = list.len();
     for (index, (kind, offset, length, len, bar)) in list.into_iter().enumerate() {

@@ -257,6 +257,7 @@ impl State {
             ),
             Some(Fault::UsedLenShort) => (head.into(), number % len.max(1)),
             Some(Fault::UsedLenZero) => (head.into(), 0),
+            Some(Fault::UsedGarbage) => (number, self.options.hostile.number()),
             Some(Fault::UsedIndexJump) => {
                 step = (number & 0x7fff) as u16 | 0x100;
                 (head.into(), len)
