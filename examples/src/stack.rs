@@ -37,9 +37,13 @@ pub struct Page {
     pub body: Vec<u8>,
 }
 
+/// Says whether something has come in after all, before time is let pass.
+type BeforeWaiting<D> = Box<dyn FnMut(&mut D) -> bool>;
+
 /// A host on a network.
 pub struct Stack<D: Device, T> {
     device: D,
+    before_waiting: BeforeWaiting<D>,
     time: T,
     interface: Interface,
     sockets: SocketSet<'static>,
@@ -64,6 +68,7 @@ impl<D: Device, T: Time> Stack<D, T> {
         let interface = Interface::new(config, &mut device, time.now());
         Self {
             device,
+            before_waiting: Box::new(|_| false),
             time,
             interface,
             sockets: SocketSet::new(Vec::new()),
@@ -77,6 +82,7 @@ impl<D: Device, T: Time> Stack<D, T> {
     pub fn with_time<U: Time>(self, time: U) -> Stack<D, U> {
         let Self {
             device,
+            before_waiting,
             interface,
             sockets,
             server,
@@ -86,6 +92,7 @@ impl<D: Device, T: Time> Stack<D, T> {
         } = self;
         Stack {
             device,
+            before_waiting,
             time,
             interface,
             sockets,
@@ -93,6 +100,13 @@ impl<D: Device, T: Time> Stack<D, T> {
             next_port,
             next_ping,
         }
+    }
+
+    /// Has `hook` called each time before time is let pass. Where it returns `true`, the NIC is looked at again instead.
+    ///
+    /// This is the place to ask a NIC for interrupts, which says whether one was missed.
+    pub fn before_waiting(&mut self, hook: impl FnMut(&mut D) -> bool + 'static) {
+        self.before_waiting = Box::new(hook);
     }
 
     /// Serves `page` on port 80 from now on.
@@ -130,7 +144,7 @@ impl<D: Device, T: Time> Stack<D, T> {
 
     /// Polls, then lets time pass if there was nothing to do.
     pub fn turn(&mut self) {
-        if !self.poll() {
+        if !self.poll() && !(self.before_waiting)(&mut self.device) {
             let until = self.poll_at();
             self.time.pass(until);
         }
@@ -151,7 +165,7 @@ impl<D: Device, T: Time> Stack<D, T> {
                 Progress::None if self.time.now() > deadline => {
                     bail!("{what}: no answer within {} s", PATIENCE.secs())
                 }
-                Progress::None if !changed => {
+                Progress::None if !changed && !(self.before_waiting)(&mut self.device) => {
                     let until = self.poll_at().map_or(deadline, |until| until.min(deadline));
                     self.time.pass(Some(until));
                 }

@@ -10,6 +10,7 @@ use std::{
 
 use embedded_graphics::{Drawable, pixelcolor::Rgb888, prelude::RgbColor};
 use examples::{image::Image, picture::TestCard, scratch::Scratch};
+use machine::qemu::{QemuBoard, QemuMachine};
 
 /// Returns the path of an example, which `cargo test` builds along with this test.
 fn program(name: &str) -> PathBuf {
@@ -81,7 +82,7 @@ fn fail(name: &str, arguments: &[&str]) -> String {
     error
 }
 
-const PROGRAMS: [&str; 5] = ["tour", "block", "net", "display", "probe"];
+const PROGRAMS: [&str; 6] = ["tour", "block", "net", "display", "probe", "interrupts"];
 
 #[test]
 fn each_program_explains_itself_and_refuses_what_it_does_not_know() {
@@ -115,6 +116,47 @@ fn the_tour_finds_nine_devices_and_each_does_its_work() {
         // In the middle of the card is the green bar.
         assert_eq!(picture.pixel(640, 350), Some(Rgb888::new(0, 191, 0)));
     }
+}
+
+#[test]
+fn the_tour_goes_the_same_way_on_the_devices_of_qemu() {
+    if let Some(why) = QemuBoard::missing(QemuMachine::Aarch64Virt) {
+        eprintln!("{why}");
+        return;
+    }
+    let directory = Scratch::new("tour").unwrap();
+    let said = succeed(
+        "tour",
+        &[
+            "--board",
+            "qemu",
+            "--out",
+            directory.path().to_str().unwrap(),
+        ],
+    );
+    assert_eq!(
+        said.lines().filter(|line| line.ends_with("  ok")).count(),
+        9,
+        "{said}"
+    );
+}
+
+#[test]
+fn the_tour_says_that_qemu_is_missing() {
+    let directory = Scratch::new("tour").unwrap();
+    let empty = directory.path().to_str().unwrap();
+    let mut tour = Command::new(program("tour"));
+    let ended = tour
+        .args(["--board", "qemu", "--out", empty])
+        .env("AXDRIVER_QEMU", empty)
+        .output()
+        .unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    let error = String::from_utf8(ended.stderr).unwrap();
+    assert!(
+        error.contains("QEMU") && error.contains("qemu-system-aarch64"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -384,4 +426,17 @@ fn a_probe_prints_registers_features_and_queues() {
         3,
         "{said}"
     );
+}
+
+#[test]
+fn interrupts_wake_the_drivers_and_nothing_is_polled() {
+    for transport in ["pci", "mmio", "legacy-mmio"] {
+        let said = succeed("interrupts", &["--transport", transport]);
+        assert!(said.contains("4 MiB filled and checked"), "{said}");
+        assert!(said.contains("10.0.2.15/24 by DHCP"), "{said}");
+        assert!(
+            said.contains("looks at a device that was not done: 0"),
+            "{said}"
+        );
+    }
 }

@@ -168,12 +168,14 @@ impl Board for Emulated {
     }
 
     fn complaints(&mut self) -> Vec<String> {
-        let mut complaints: Vec<String> = self
-            .machine
-            .take_violations()
-            .into_iter()
-            .map(|violation| violation.to_string())
-            .collect();
+        let mut complaints = Vec::new();
+        for violation in self.machine.take_violations() {
+            let complaint = violation.to_string();
+            // A driver that breaks a rule tends to do so each time.
+            if !complaints.contains(&complaint) {
+                complaints.push(complaint);
+            }
+        }
         let memory = self.machine.memory();
         let pages = memory.counters().pages_live;
         if pages != self.pages {

@@ -11,7 +11,8 @@ use axdriver_block::BlockDriverOps;
 use axdriver_display::DisplayDriverOps;
 use axdriver_net::NetDriverOps;
 use axdriver_virtio::{
-    MmioTransport, PciRangeAllocator, PciTransport, VirtIoBlkDev, VirtIoGpuDev, VirtIoNetDev,
+    InterruptHandle, MmioTransport, PciRangeAllocator, PciTransport, VirtIoBlkDev, VirtIoGpuDev,
+    VirtIoNetDev, WaitPolicy,
     pci::{DeviceFunction, MmioCam, PciRoot},
     probe_mmio_device, probe_pci_bus, probe_pci_device,
 };
@@ -174,15 +175,32 @@ enum Link {
     Pci(Box<PciTransport>),
 }
 
+impl Link {
+    /// Takes the interrupt side away from the transport, which has it until then.
+    fn split_interrupt(&mut self) -> anyhow::Result<InterruptHandle<'static>> {
+        let handle = match self {
+            Self::Mmio(transport) => transport.split_interrupt(),
+            Self::Pci(transport) => transport.split_interrupt(),
+        };
+        handle.context("the interrupt side of a new transport is gone")
+    }
+}
+
 /// Makes a driver of type `$driver` on `$link`, whichever transport that is, in a box.
 macro_rules! start {
-    ($link:expr, $driver:ident $(, $size:expr)?) => {
+    (@new $transport:expr, $driver:ident; $wait:expr) => {
+        $driver::<MachineHal, _>::try_new_with($transport, $wait)
+    };
+    (@new $transport:expr, $driver:ident $(, $size:expr)?) => {
+        $driver::<MachineHal, _ $(, $size)?>::try_new($transport)
+    };
+    ($link:expr, $driver:ident $(, $size:expr)? $(; $wait:expr)?) => {
         match $link {
             Link::Mmio(transport) => {
-                $driver::<MachineHal, _ $(, $size)?>::try_new(transport).map(|driver| Box::new(driver) as _)
+                start!(@new transport, $driver $(, $size)? $(; $wait)?).map(|driver| Box::new(driver) as _)
             }
             Link::Pci(transport) => {
-                $driver::<MachineHal, _ $(, $size)?>::try_new(*transport).map(|driver| Box::new(driver) as _)
+                start!(@new *transport, $driver $(, $size)? $(; $wait)?).map(|driver| Box::new(driver) as _)
             }
         }
     };
@@ -267,6 +285,43 @@ impl Map {
     pub fn start_nic(&self, place: Place) -> anyhow::Result<Box<dyn NetDriverOps>> {
         let nic = start!(self.connect(place)?, VirtIoNetDev, NET_QUEUE_SIZE);
         nic.with_context(|| format!("the NIC at {place} does not start"))
+    }
+
+    /// Starts the driver of a disk that waits as `wait` says, and gives the side of it that belongs in an interrupt handler.
+    ///
+    /// # Errors
+    ///
+    /// There is no device, or it does not start.
+    pub fn start_disk_with_interrupt(
+        &self,
+        place: Place,
+        wait: WaitPolicy,
+    ) -> anyhow::Result<(Box<dyn BlockDriverOps>, InterruptHandle<'static>)> {
+        let mut link = self.connect(place)?;
+        let handle = link.split_interrupt()?;
+        let disk = start!(link, VirtIoBlkDev; wait);
+        Ok((
+            disk.with_context(|| format!("the disk at {place} does not start"))?,
+            handle,
+        ))
+    }
+
+    /// Starts the driver of a NIC, and gives the side of it that belongs in an interrupt handler.
+    ///
+    /// # Errors
+    ///
+    /// There is no device, or it does not start.
+    pub fn start_nic_with_interrupt(
+        &self,
+        place: Place,
+    ) -> anyhow::Result<(Box<dyn NetDriverOps>, InterruptHandle<'static>)> {
+        let mut link = self.connect(place)?;
+        let handle = link.split_interrupt()?;
+        let nic = start!(link, VirtIoNetDev, NET_QUEUE_SIZE);
+        Ok((
+            nic.with_context(|| format!("the NIC at {place} does not start"))?,
+            handle,
+        ))
     }
 
     /// Starts the driver of a display.

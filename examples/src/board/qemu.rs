@@ -128,6 +128,16 @@ impl Board for Qemu {
             format!("there is no cable for a NIC at {place}")
         })?))
     }
+
+    fn complaints(&mut self) -> Vec<String> {
+        self.board
+            .borrow_mut()
+            .check()
+            .err()
+            .map(|error| error.to_string())
+            .into_iter()
+            .collect()
+    }
 }
 
 /// The host's clock, which takes frames from a cable to a peer and back as it goes.
