@@ -2,17 +2,18 @@
 //!
 //! Without QEMU the tests are skipped, each with a line that says so; `AXDRIVER_REQUIRE_QEMU=1` makes them fail instead.
 
-#![expect(
+#![allow(
     clippy::cast_possible_truncation,
     clippy::panic,
     clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
     reason = "a test fails by panicking, and its patterns wrap"
 )]
 
-use std::fs::File;
-use std::io::Write as _;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+mod support;
+
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use machine::qemu::{
     QemuMachine, QemuOptions,
 };
 use machine::{MachineHal, Slot, Version};
+use support::{LONG, Scratch, pattern, skip};
 use virtio_drivers::device::blk::VirtIOBlk;
 use virtio_drivers::device::gpu::VirtIOGpu;
 use virtio_drivers::device::net::VirtIONetRaw;
@@ -29,7 +31,6 @@ use virtio_drivers::transport::pci::bus::{BarInfo, DeviceFunction, MemoryBarType
 use virtio_drivers::transport::pci::bus::{Command as PciCommand, ConfigurationAccess};
 use virtio_drivers::transport::{DeviceType, InterruptStatus, SomeTransport};
 
-const LONG: Duration = Duration::from_secs(20);
 const VIRT: QemuMachine = QemuMachine::Aarch64Virt;
 const Q35: QemuMachine = QemuMachine::X86Q35;
 
@@ -37,47 +38,10 @@ const Q35: QemuMachine = QemuMachine::X86Q35;
 macro_rules! need {
     ($machine:expr) => {
         if let Some(why) = QemuBoard::missing($machine) {
-            // Not `eprintln!`, which a test that passes does not show.
-            let _ = writeln!(std::io::stderr(), "{why}");
+            skip(&why);
             return;
         }
     };
-}
-
-/// A file that is removed with its owner.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let name = format!("machine-{}-{name}", std::process::id());
-        Self(std::env::temp_dir().join(name))
-    }
-
-    /// An image whose bytes tell where they are.
-    fn image(name: &str, size: usize) -> Self {
-        let scratch = Self::new(name);
-        std::fs::write(&scratch.0, pattern(0, size)).unwrap();
-        scratch
-    }
-
-    fn read(&self, offset: u64, length: usize) -> Vec<u8> {
-        let mut bytes = vec![0; length];
-        let file = File::open(&self.0).unwrap();
-        file.read_exact_at(&mut bytes, offset).unwrap();
-        bytes
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-fn pattern(from: usize, length: usize) -> Vec<u8> {
-    (from..from + length)
-        .map(|index| (index / 512 * 7 + index) as u8)
-        .collect()
 }
 
 /// Gives every memory BAR of a function an address, and the function leave to use them and memory.
@@ -110,10 +74,12 @@ fn register(board: &QemuBoard, address: usize) -> u64 {
 
 /// Returns the transports of all devices of a kind, MMIO before PCI.
 fn transports(board: &QemuBoard, kind: DeviceType) -> Vec<SomeTransport<'static>> {
-    let on_mmio = board.mmio_slots().iter().filter_map(|slot| {
+    let on_mmio = board
+        .mmio_slots()
+        .iter()
         // Dropping a transport resets its device, so only those that are wanted are made.
-        (register(board, slot.base + 8) == kind as u64).then(|| slot.transport().unwrap().into())
-    });
+        .filter(|slot| register(board, slot.base + 8) == kind as u64)
+        .map(|slot| slot.transport().unwrap().into());
     let mut found: Vec<SomeTransport<'static>> = on_mmio.collect();
     let mut root = board.pci();
     let mut next = board.pci_window().start;
@@ -372,10 +338,7 @@ fn a_qcow2_image_holds_what_was_written_and_is_sound() {
         .arg("64M")
         .status();
     if create.is_err() {
-        let _ = writeln!(
-            std::io::stderr(),
-            "skipped: qemu-img was not found: install qemu-utils"
-        );
+        skip("skipped: qemu-img was not found: install qemu-utils");
         return;
     }
     let disk = Disk::new(&image.0, ImageFormat::Qcow2).on(Bus::Mmio);

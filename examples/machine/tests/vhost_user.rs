@@ -3,17 +3,19 @@
 //! Without `qemu-storage-daemon` the tests are skipped, each with a line that says so; `AXDRIVER_REQUIRE_QEMU=1` makes them
 //! fail instead.
 
-#![expect(
+#![allow(
     clippy::cast_possible_truncation,
+    clippy::panic,
     clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
     reason = "a test fails by panicking, and its patterns wrap"
 )]
 
-use std::fs::File;
+mod support;
+
 use std::io::{Read, Write};
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,10 +29,10 @@ use machine::vhost_user::{
     VhostUserTransport,
 };
 use machine::{Installed, Machine, MachineHal, Memory};
+use support::{LONG, Scratch, pattern, skip};
 use virtio_drivers::device::blk::{BlkReq, BlkResp, VirtIOBlk};
 use virtio_drivers::transport::{DeviceStatus, InterruptStatus, Transport};
 
-const LONG: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(200);
 const EVENT_IDX: u64 = 1 << 29;
 const INDIRECT_DESC: u64 = 1 << 28;
@@ -39,50 +41,14 @@ const INDIRECT_DESC: u64 = 1 << 28;
 macro_rules! need_daemon {
     () => {
         if let Some(why) = StorageDaemon::missing() {
-            // Not `eprintln!`, which a test that passes does not show.
-            let _ = writeln!(std::io::stderr(), "{why}");
+            skip(&why);
             return;
         }
     };
 }
 
-/// A file that is removed with its owner.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let name = format!("machine-{}-{name}", std::process::id());
-        Self(std::env::temp_dir().join(name))
-    }
-
-    fn image(name: &str, size: usize) -> Self {
-        let scratch = Self::new(name);
-        std::fs::write(&scratch.0, pattern(0, size)).unwrap();
-        scratch
-    }
-
-    fn disk(&self) -> Disk {
-        Disk::new(&self.0, ImageFormat::Raw)
-    }
-
-    fn read(&self, offset: u64, length: usize) -> Vec<u8> {
-        let mut bytes = vec![0; length];
-        let file = File::open(&self.0).unwrap();
-        file.read_exact_at(&mut bytes, offset).unwrap();
-        bytes
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-fn pattern(from: usize, length: usize) -> Vec<u8> {
-    (from..from + length)
-        .map(|index| (index / 512 * 7 + index) as u8)
-        .collect()
+fn disk_on(image: &Scratch) -> Disk {
+    Disk::new(&image.0, ImageFormat::Raw)
 }
 
 fn machine() -> (Arc<Memory>, Installed) {
@@ -110,7 +76,7 @@ fn a_disk_reads_and_writes_its_image() {
     need_daemon!();
     for withheld in [0, EVENT_IDX, INDIRECT_DESC, EVENT_IDX | INDIRECT_DESC] {
         let image = Scratch::image("rw", 1 << 20);
-        let daemon = StorageDaemon::start(&image.disk(), 1).unwrap();
+        let daemon = StorageDaemon::start(&disk_on(&image), 1).unwrap();
         let (memory, _installed) = machine();
         let (transport, handle) = connect(&daemon, &memory, options().without_features(withheld));
         let mut disk = VirtIOBlk::<MachineHal, _>::new(transport).unwrap();
@@ -160,13 +126,12 @@ fn a_completion_is_an_interrupt_until_it_is_acknowledged() {
 fn a_disk_that_is_resized_says_so() {
     need_daemon!();
     let image = Scratch::image("resize", 1 << 20);
-    let mut daemon = StorageDaemon::start(&image.disk(), 1).unwrap();
+    let mut daemon = StorageDaemon::start(&disk_on(&image), 1).unwrap();
     let (major, minor, _) = daemon.qmp().version();
     if (major, minor) < (8, 1) {
-        let _ = writeln!(
-            std::io::stderr(),
+        skip(&format!(
             "skipped: qemu-storage-daemon {major}.{minor} keeps the size of an export; 8.1 tells of a new one"
-        );
+        ));
         return;
     }
     let (memory, _installed) = machine();
@@ -187,8 +152,7 @@ fn a_disk_that_is_resized_says_so() {
 fn errors_of_the_image_come_out_as_errors_of_the_disk() {
     need_daemon!();
     let image = Scratch::image("faults", 1 << 20);
-    let disk = image
-        .disk()
+    let disk = disk_on(&image)
         .fault(Fault::of(DiskOperation::Read).sector(5))
         .fault(Fault::of(DiskOperation::Flush));
     let daemon = StorageDaemon::start(&disk, 1).unwrap();
@@ -232,7 +196,7 @@ fn as_many_queues_as_the_daemon_has_are_offered() {
 fn a_driver_starts_again_on_the_same_connection() {
     need_daemon!();
     let image = Scratch::image("again", 1 << 20);
-    let daemon = StorageDaemon::start(&image.disk(), 1).unwrap();
+    let daemon = StorageDaemon::start(&disk_on(&image), 1).unwrap();
     let (memory, _installed) = machine();
     for round in 0..3 {
         let (transport, _) = connect(&daemon, &memory, options());
@@ -262,7 +226,7 @@ fn go_live(transport: &mut VhostUserTransport, memory: &Memory) {
 fn a_daemon_that_dies_is_noticed_and_a_reset_finds_the_next_one() {
     need_daemon!();
     let image = Scratch::image("dies", 1 << 20);
-    let mut daemon = StorageDaemon::start(&image.disk(), 1).unwrap();
+    let mut daemon = StorageDaemon::start(&disk_on(&image), 1).unwrap();
     let (memory, _installed) = machine();
     let (mut transport, handle) = connect(&daemon, &memory, options());
     go_live(&mut transport, &memory);
@@ -306,7 +270,7 @@ fn a_daemon_that_dies_is_noticed_and_a_reset_finds_the_next_one() {
 fn a_daemon_that_hangs_is_given_up_in_time_and_does_not_count_as_reset() {
     need_daemon!();
     let image = Scratch::image("hangs", 1 << 20);
-    let daemon = StorageDaemon::start(&image.disk(), 1).unwrap();
+    let daemon = StorageDaemon::start(&disk_on(&image), 1).unwrap();
     let (memory, _installed) = machine();
     let (mut transport, handle) = connect(&daemon, &memory, options().answer_limit(SHORT));
     go_live(&mut transport, &memory);
@@ -418,7 +382,7 @@ fn a_back_end_that_answers_half_is_given_up_in_time() {
 #[test]
 fn an_image_that_is_missing_or_in_use_is_named() {
     need_daemon!();
-    let fault = |image: &Scratch| match StorageDaemon::start(&image.disk(), 1).map(drop) {
+    let fault = |image: &Scratch| match StorageDaemon::start(&disk_on(image), 1).map(drop) {
         Err(QemuError::Image { path, fault }) if path == image.0 => Some(fault),
         _ => None,
     };
@@ -426,10 +390,10 @@ fn an_image_that_is_missing_or_in_use_is_named() {
     let image = Scratch::image("shared", 1 << 20);
     // Two daemons would share an image; a machine's disk does not.
     if let Some(why) = QemuBoard::missing(QemuMachine::Aarch64Virt) {
-        let _ = writeln!(std::io::stderr(), "{why}");
+        skip(&why);
         return;
     }
-    let machine = QemuOptions::new(QemuMachine::Aarch64Virt).disk(image.disk());
+    let machine = QemuOptions::new(QemuMachine::Aarch64Virt).disk(disk_on(&image));
     let _holder = QemuBoard::start(&machine).unwrap();
     assert_eq!(fault(&image), Some(ImageFault::InUse));
 }
