@@ -190,8 +190,12 @@ impl Run {
                 };
                 let mut memory =
                     reachable.map_or_else(|| Memory::Heap(vec![0; total]), Memory::Reachable);
+                let stuck = self.bench.stuck();
                 let result = self.transfer(driver, block, len, choice % 2 == 0, &mut memory);
-                if result.is_err() && !self.bench.may_keep() {
+                if self.bench.stuck() > stuck {
+                    // The one thing that no driver can protect is what the device reaches itself.
+                    std::mem::forget(memory);
+                } else if result.is_err() && !self.bench.scribbles {
                     // What the device does later does not reach the caller.
                     let now = memory.bytes().to_vec();
                     self.bench.board().run();
@@ -199,12 +203,6 @@ impl Run {
                         now == memory.bytes(),
                         "the device still writes to a caller's memory"
                     );
-                }
-                if self.bench.may_keep()
-                    && let Memory::Reachable(buffer) = memory
-                {
-                    // The one thing that no driver can protect.
-                    std::mem::forget(buffer);
                 }
                 result
             }
@@ -243,7 +241,7 @@ pub fn run(choices: &mut Choices, hostile: Hostile, steps: usize) -> Count {
     };
     if let Some(mut driver) = run.driver() {
         for _ in 0..steps {
-            if choices.is_over() {
+            if choices.is_over() || run.bench.is_worn_out() {
                 break;
             }
             if run.step(&mut driver, choices) == Err(DevError::BadState) {
@@ -255,7 +253,7 @@ pub fn run(choices: &mut Choices, hostile: Hostile, steps: usize) -> Count {
         }
     }
     run.count.faults = run.bench.faults();
-    run.count.stuck = run.bench.may_keep().into();
+    run.count.stuck = run.bench.stuck();
     run.bench.finish();
     run.count
 }

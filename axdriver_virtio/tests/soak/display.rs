@@ -81,7 +81,7 @@ pub fn run(choices: &mut Choices, hostile: Hostile, steps: usize) -> Count {
         .and_then(|transport| Driver::try_new_with(transport, Bench::wait()).ok());
     if let Some(mut driver) = driver {
         for _ in 0..steps {
-            if choices.is_over() {
+            if choices.is_over() || bench.is_worn_out() {
                 break;
             }
             let result = step(&bench, &display, &mut driver, choices, &mut count);
@@ -94,7 +94,7 @@ pub fn run(choices: &mut Choices, hostile: Hostile, steps: usize) -> Count {
         }
     }
     count.faults = bench.faults();
-    count.stuck = bench.may_keep().into();
+    count.stuck = bench.stuck();
     bench.finish();
     count
 }
