@@ -44,7 +44,9 @@ impl BlockDevice for Disk<'_> {
 
     fn num_blocks(&self) -> DevResult<BlockCount> {
         let count = self.0.borrow().num_blocks();
-        u32::try_from(count).map(BlockCount).map_err(|_| DevError::Unsupported)
+        u32::try_from(count)
+            .map(BlockCount)
+            .map_err(|_| DevError::Unsupported)
     }
 }
 
@@ -75,7 +77,8 @@ pub(crate) fn work(disk: &mut dyn BlockDriverOps) -> Result<String> {
     let content: Vec<u8> = (0..LENGTH).map(|index| (index * index / 7) as u8).collect();
     let theirs = read_file(disk, THEIRS)?;
     write_file(disk, OURS, &content)?;
-    disk.flush().map_err(|error| Error::Device("the disk", error))?;
+    disk.flush()
+        .map_err(|error| Error::Device("the disk", error))?;
     // Everything anew, so that nothing comes from memory.
     if read_file(disk, OURS)? != content {
         return Err(Error::Wrong("the file is not as it was written"));
@@ -110,9 +113,13 @@ fn compare_reads(disk: &mut dyn BlockDriverOps) -> Result {
 
 fn read_file(disk: &mut dyn BlockDriverOps, name: &str) -> Result<Vec<u8>> {
     let manager = VolumeManager::new(Disk(RefCell::new(disk)), NoCalendar);
-    let volume = manager.open_volume(VolumeIdx(0)).map_err(from_file_system)?;
+    let volume = manager
+        .open_volume(VolumeIdx(0))
+        .map_err(from_file_system)?;
     let root = volume.open_root_dir().map_err(from_file_system)?;
-    let file = root.open_file_in_dir(name, Mode::ReadOnly).map_err(from_file_system)?;
+    let file = root
+        .open_file_in_dir(name, Mode::ReadOnly)
+        .map_err(from_file_system)?;
     let mut content = vec![0; file.length() as usize];
     let mut done = 0;
     while done < content.len() {
@@ -126,7 +133,9 @@ fn read_file(disk: &mut dyn BlockDriverOps, name: &str) -> Result<Vec<u8>> {
 
 fn write_file(disk: &mut dyn BlockDriverOps, name: &str, content: &[u8]) -> Result {
     let manager = VolumeManager::new(Disk(RefCell::new(disk)), NoCalendar);
-    let volume = manager.open_volume(VolumeIdx(0)).map_err(from_file_system)?;
+    let volume = manager
+        .open_volume(VolumeIdx(0))
+        .map_err(from_file_system)?;
     let root = volume.open_root_dir().map_err(from_file_system)?;
     let file = root
         .open_file_in_dir(name, Mode::ReadWriteCreateOrTruncate)

@@ -63,7 +63,12 @@ unsafe impl VirtIoHal for KernelHal {
             let copy = paging::memory_at(physical).cast_const();
             // SAFETY: `physical` is that of the copy that `share` made, which is as long and which the
             // device is done with; the caller promises that the buffer can be written.
-            unsafe { buffer.cast::<u8>().as_ptr().copy_from_nonoverlapping(copy, buffer.len()) };
+            unsafe {
+                buffer
+                    .cast::<u8>()
+                    .as_ptr()
+                    .copy_from_nonoverlapping(copy, buffer.len())
+            };
         }
         frames::free(physical, buffer.len().div_ceil(FRAME));
     }

@@ -8,6 +8,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
 
+use axdriver_base::InterruptCause;
 use axdriver_virtio::InterruptHandle;
 use spin::Mutex;
 
@@ -16,16 +17,20 @@ use crate::arch::{Arch, Architecture};
 /// How long a request may take. Then its interrupt, or its device, counts as lost.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 
+/// How long an interrupt may stay behind what it announces.
+pub(crate) const GRACE: Duration = Duration::from_millis(300);
+
 /// How many interrupts in a row may be nobody's before their line is masked.
 const MAX_STRAY: u32 = 1000;
 
 struct Source {
     line: u32,
-    handle: InterruptHandle<'static>,
+    /// `None`: nobody serves it.
+    handle: Option<InterruptHandle<'static>>,
     /// How many interrupts were this device's.
     count: u32,
-    /// How many interrupts of this line in a row were nobody's.
-    stray: u32,
+    /// Whether the device has said that its configuration has changed, and nobody has asked yet.
+    changed: bool,
 }
 
 /// Locked in the handler, and elsewhere only with interrupts masked.
@@ -37,6 +42,8 @@ static COUNT: AtomicU32 = AtomicU32::new(0);
 static SEEN: AtomicU32 = AtomicU32::new(0);
 /// How many interrupts were nobody's.
 static STRAY: AtomicU32 = AtomicU32::new(0);
+/// How many of the last interrupts were nobody's.
+static IN_A_ROW: AtomicU32 = AtomicU32::new(0);
 static TICKS: AtomicU32 = AtomicU32::new(0);
 
 /// Runs `operation` with interrupts masked.
@@ -50,14 +57,14 @@ fn masked<R>(operation: impl FnOnce() -> R) -> R {
 }
 
 /// Serves the interrupts of a device from now on. Returns the number to ask [`count_of`] with.
-pub(crate) fn add_source(line: u32, handle: InterruptHandle<'static>) -> usize {
+pub(crate) fn add_source(line: u32, handle: Option<InterruptHandle<'static>>) -> usize {
     masked(|| {
         let mut sources = SOURCES.lock();
         sources.push(Source {
             line,
             handle,
             count: 0,
-            stray: 0,
+            changed: false,
         });
         Arch::set_line(line, true);
         sources.len() - 1
@@ -76,25 +83,33 @@ pub(crate) fn lose_all() {
 /// Serves an interrupt of a line. Called by the trap entry, with interrupts masked.
 pub(crate) fn handle(line: u32) {
     let mut served = false;
-    let mut stray = 0;
     // A line may be shared: everybody on it is asked.
-    for source in SOURCES.lock().iter_mut().filter(|source| source.line == line) {
-        if source.handle.acknowledge().is_empty() {
-            source.stray += 1;
-            stray = stray.max(source.stray);
-        } else {
+    for source in SOURCES
+        .lock()
+        .iter_mut()
+        .filter(|source| source.line == line)
+    {
+        let Some(handle) = &source.handle else {
+            continue;
+        };
+        let cause = handle.acknowledge();
+        if !cause.is_empty() {
             source.count += 1;
-            source.stray = 0;
+            source.changed |= cause.contains(InterruptCause::CONFIGURATION);
             served = true;
         }
     }
     if served {
         COUNT.fetch_add(1, Ordering::Relaxed);
-    } else {
-        STRAY.fetch_add(1, Ordering::Relaxed);
-        if stray >= MAX_STRAY {
-            Arch::set_line(line, false);
-        }
+        IN_A_ROW.store(0, Ordering::Relaxed);
+        return;
+    }
+    STRAY.fetch_add(1, Ordering::Relaxed);
+    if IN_A_ROW.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_STRAY {
+        // Somebody unknown holds the line. Without this, nothing but this handler would run.
+        Arch::set_line(line, false);
+        IN_A_ROW.store(0, Ordering::Relaxed);
+        log::warn!("line {line} is masked: {MAX_STRAY} interrupts in a row were nobody's");
     }
 }
 
@@ -134,6 +149,25 @@ pub(crate) fn sleep_between_looks(_looks: u64) -> bool {
 /// Returns how many interrupts of a source there were.
 pub(crate) fn count_of(source: usize) -> u32 {
     masked(|| SOURCES.lock().get(source).map_or(0, |source| source.count))
+}
+
+/// Waits a little for a source to have other than `seen` interrupts, and returns whether it has.
+pub(crate) fn comes(source: usize, seen: u32) -> bool {
+    let deadline = Arch::now() + GRACE;
+    while count_of(source) == seen && Arch::now() < deadline {
+        sleep_until(count(), deadline);
+    }
+    count_of(source) != seen
+}
+
+/// Returns whether a source's device has said that its configuration has changed, since the last call.
+pub(crate) fn take_changed(source: usize) -> bool {
+    masked(|| {
+        let mut sources = SOURCES.lock();
+        sources
+            .get_mut(source)
+            .is_some_and(|source| core::mem::take(&mut source.changed))
+    })
 }
 
 /// Returns how many interrupts were nobody's, and how many ticks there were.

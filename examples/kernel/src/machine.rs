@@ -37,7 +37,9 @@ impl Boot {
         let tree = Tree::new(bytes).ok();
         Self {
             memory: tree.and_then(|tree| tree.memory()).unwrap_or(0..0),
-            command_line: tree.and_then(|tree| tree.command_line()).unwrap_or_default(),
+            command_line: tree
+                .and_then(|tree| tree.command_line())
+                .unwrap_or_default(),
             description: Description::Tree(bytes),
         }
     }

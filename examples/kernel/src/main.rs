@@ -33,8 +33,11 @@ mod tree;
 
 use alloc::{format, string::String, vec::Vec};
 
+use axdriver_base::BaseDriverOps;
+
 use arch::{Arch, Architecture, PageTables};
-use devices::{Device, Devices, Place};
+use devices::{Device, Devices, Reconfigure};
+
 use error::{Error, Result};
 use machine::{Boot, Description, Machine};
 use tree::Tree;
@@ -69,45 +72,91 @@ fn run(boot: &Boot) -> Result {
     start_memory(boot)?;
     let machine = Machine::discover(boot)?;
     Arch::start_interrupts(tree.as_ref())?;
-    let mut devices = Devices::find(&machine)?;
-    if boot.command_line.split_whitespace().any(|word| word == "lose-interrupts") {
+    let asked = |what| {
+        boot.command_line
+            .split_whitespace()
+            .any(|word| word == what)
+    };
+    let mut devices = Devices::find(&machine, asked("interrupt-storm"))?;
+    if asked("lose-interrupts") {
         interrupts::lose_all();
     }
 
-    let mut lines = Vec::new();
-    let mut result = Ok(());
-    let mut note = |kind, place: Place, source, name: &str, outcome: Result<String>| {
-        let text = match outcome {
-            Ok(text) => format!("ok: {text}"),
-            Err(error) => {
-                result = Err(error);
-                format!("failed: {error}")
-            }
-        };
-        let count = interrupts::count_of(source);
-        lines.push(format!("{kind} {place}, {name}: {count} interrupts; {text}"));
-    };
-    for Device { place, source, driver } in &mut devices.disks {
-        let outcome = disk::work(driver.as_mut());
-        note("disk", *place, *source, driver.device_name(), outcome);
+    let mut report = Report::default();
+    for disk in &mut devices.disks {
+        report.work("disk", disk, |driver, _| disk::work(driver));
     }
-    for Device { place, source, driver } in &mut devices.displays {
-        let outcome = display::work(driver.as_mut());
-        note("display", *place, *source, driver.device_name(), outcome);
+    for display in &mut devices.displays {
+        report.work("display", display, |driver, _| display::work(driver));
     }
-    for Device { place, source, driver } in &mut devices.nics {
-        let outcome = network::work(driver.as_mut());
-        note("net", *place, *source, driver.device_name(), outcome);
+    for nic in &mut devices.nics {
+        report.work("net", nic, network::work);
     }
-    for line in &lines {
+    // What has changed meanwhile.
+    for disk in &mut devices.disks {
+        if interrupts::take_changed(disk.source) && disk.driver.reconfigure().is_ok() {
+            println!(
+                "disk {}: {} blocks now",
+                disk.place,
+                disk.driver.num_blocks()
+            );
+        }
+    }
+    for line in &report.lines {
         println!("{line}");
     }
     let (strays, ticks) = interrupts::strays_and_ticks();
-    println!("interrupts: {} of devices, {strays} stray, {ticks} ticks", interrupts::count());
-    if lines.is_empty() {
+    let count = interrupts::count();
+    println!("interrupts: {count} of devices, {strays} stray, {ticks} ticks");
+    if report.lines.is_empty() {
         return Err(Error::Machine("no device"));
     }
-    result
+    report.result
+}
+
+/// What came of the work with each device.
+struct Report {
+    /// A line for each device.
+    lines: Vec<String>,
+    /// What went wrong last.
+    result: Result,
+}
+
+impl Default for Report {
+    fn default() -> Self {
+        Self {
+            lines: Vec::new(),
+            result: Ok(()),
+        }
+    }
+}
+
+impl Report {
+    /// Works with a device. It has gone well only if the device has interrupted.
+    fn work<D: BaseDriverOps + ?Sized>(
+        &mut self,
+        kind: &str,
+        device: &mut Device<D>,
+        work: impl FnOnce(&mut D, usize) -> Result<String>,
+    ) {
+        let source = device.source;
+        let before = interrupts::count_of(source);
+        let outcome = work(device.driver.as_mut(), source).and_then(|text| {
+            if interrupts::count_of(source) == before && !interrupts::comes(source, before) {
+                return Err(Error::Late("the device's interrupt"));
+            }
+            Ok(text)
+        });
+        let count = interrupts::count_of(source) - before;
+        let (place, name) = (device.place, device.driver.device_name());
+        self.lines.push(match outcome {
+            Ok(text) => format!("{kind} {place}, {name}: ok, {count} interrupts; {text}"),
+            Err(error) => {
+                self.result = Err(error);
+                format!("{kind} {place}, {name}: failed, {count} interrupts; {error}")
+            }
+        });
+    }
 }
 
 /// Puts memory to use and starts the heap.
@@ -125,7 +174,7 @@ fn start_memory(boot: &Boot) -> Result {
     frames::add_memory(memory.clone(), &[tree, place(boot.command_line.as_bytes())]);
     println!(
         "memory: {memory:#x?}, {} MiB free",
-        frames::free_count() * frames::FRAME >> 20
+        (frames::free_count() * frames::FRAME) >> 20
     );
     heap::start()
 }

@@ -11,9 +11,9 @@ use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address};
 
 use crate::arch::{Arch, Architecture};
 use crate::checksum::checksum;
+use crate::devices::Nic;
 use crate::error::{Error, Result};
-use crate::interrupts;
-use crate::println;
+use crate::{interrupts, println};
 
 /// Where the page is: QEMU passes connections to this address on.
 const SERVER: (Ipv4Address, u16) = (Ipv4Address::new(10, 0, 2, 100), 80);
@@ -21,13 +21,15 @@ const SERVER: (Ipv4Address, u16) = (Ipv4Address::new(10, 0, 2, 100), 80);
 const ECHO: u16 = 7;
 /// How long each step may take.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long an interrupt may stay behind the frame that it announces.
-const GRACE: Duration = Duration::from_millis(200);
+/// How long a sleep may last until a look whether a frame is there without its interrupt.
+const WATCH: Duration = Duration::from_millis(500);
 const BUFFER: usize = 32 * 1024;
 
 /// A host on the network: smoltcp over any network card.
 struct Host<'a> {
-    device: SmoltcpDevice<&'a mut dyn NetDriverOps>,
+    device: SmoltcpDevice<&'a mut (dyn Nic + 'static)>,
+    /// The card's interrupts.
+    source: usize,
     interface: Interface,
     sockets: SocketSet<'static>,
 }
@@ -39,7 +41,7 @@ struct Host<'a> {
 /// * [`Error::Device`]: the card failed.
 /// * [`Error::Late`]: an answer, or an interrupt, did not come.
 /// * [`Error::Wrong`]: the page is none.
-pub(crate) fn work(nic: &mut dyn NetDriverOps) -> Result<String> {
+pub(crate) fn work(nic: &mut (dyn Nic + 'static), source: usize) -> Result<String> {
     let address = EthernetAddress(nic.mac_address().0);
     let mut device = SmoltcpDevice::new(nic);
     let mut config = Config::new(address.into());
@@ -48,15 +50,23 @@ pub(crate) fn work(nic: &mut dyn NetDriverOps) -> Result<String> {
     let interface = Interface::new(config, &mut device, now());
     let mut host = Host {
         device,
+        source,
         interface,
         sockets: SocketSet::new(vec![]),
     };
     let own = host.configure()?;
     println!("net: {own} by DHCP");
     let page = host.fetch()?;
-    println!("net: page of {} bytes, sum {:08x}", page.len(), checksum(&page));
+    println!(
+        "net: page of {} bytes, sum {:08x}",
+        page.len(),
+        checksum(&page)
+    );
     let echoed = host.echo()?;
-    Ok(format!("{own}, fetched {} bytes, echoed {echoed} bytes", page.len()))
+    Ok(format!(
+        "{own}, fetched {} bytes, echoed {echoed} bytes",
+        page.len()
+    ))
 }
 
 fn now() -> Instant {
@@ -74,7 +84,8 @@ impl Host<'_> {
         loop {
             // Before the look at the device, so that an interrupt that comes after it is seen.
             let seen = interrupts::count();
-            self.interface.poll(now(), &mut self.device, &mut self.sockets);
+            self.interface
+                .poll(now(), &mut self.device, &mut self.sockets);
             if let Some(result) = done(&mut self.interface, &mut self.sockets)? {
                 // What was put into a socket leaves with the next poll.
                 return Ok(result);
@@ -83,6 +94,14 @@ impl Host<'_> {
                 return Err(Error::Late(late));
             }
             let nic = self.device.driver_mut();
+            if interrupts::take_changed(self.source) && nic.reconfigure().is_ok() {
+                let state = match nic.capabilities().link {
+                    Some(true) => "up",
+                    Some(false) => "down",
+                    None => "not known",
+                };
+                println!("net: the link is {state}");
+            }
             let more = nic
                 .enable_interrupts()
                 .map_err(|error| Error::Device("the network card", error))?;
@@ -91,10 +110,10 @@ impl Host<'_> {
             if more || delay.is_zero() {
                 continue;
             }
-            let interrupted = interrupts::sleep_until(seen, deadline.min(Arch::now() + delay));
+            let interrupted = interrupts::sleep_until(seen, Arch::now() + delay.min(WATCH));
             if !interrupted
                 && self.device.driver().can_receive()
-                && !interrupts::sleep_until(seen, Arch::now() + GRACE)
+                && !interrupts::sleep_until(seen, Arch::now() + interrupts::GRACE)
             {
                 return Err(Error::Late("the interrupt of a frame"));
             }

@@ -45,7 +45,10 @@ impl Registers {
     /// Returns where a register lies; what is outside the block, or misaligned, is the first one.
     fn register<T>(&self, offset: usize) -> *mut T {
         let inside = offset.is_multiple_of(size_of::<T>())
-            && self.size.checked_sub(offset).is_some_and(|rest| rest >= size_of::<T>());
+            && self
+                .size
+                .checked_sub(offset)
+                .is_some_and(|rest| rest >= size_of::<T>());
         debug_assert!(inside);
         let offset = if inside { offset } else { 0 };
         self.base.cast::<T>().as_ptr().wrapping_byte_add(offset)

@@ -96,7 +96,9 @@ impl<'a> Tree<'a> {
         Some(PciHost {
             configuration: registers(node).next()?.start,
             window,
-            lines: self.pci_lines(node).map_or(PciLines::Board, PciLines::Table),
+            lines: self
+                .pci_lines(node)
+                .map_or(PciLines::Board, PciLines::Table),
         })
     }
 

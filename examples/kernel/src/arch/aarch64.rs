@@ -155,7 +155,8 @@ impl Gic {
         // Level triggered, to processor 0, and on: GICD_ICFGR, GICD_ITARGETSR, GICD_ISENABLER.
         let configuration = 0xc00 + number / 16 * 4;
         let old = self.distributor.read(configuration);
-        self.distributor.write(configuration, old & !(2 << (line % 16 * 2)));
+        self.distributor
+            .write(configuration, old & !(2 << (line % 16 * 2)));
         let target = 0x800 + number / 4 * 4;
         let old = self.distributor.read(target);
         self.distributor.write(target, old | 1 << (line % 4 * 8));
@@ -193,9 +194,7 @@ extern "C" fn aarch64_start() -> ! {
 
 #[unsafe(no_mangle)]
 extern "C" fn aarch64_exception(vector: u64, syndrome: u64, pc: u64, address: u64) -> ! {
-    println!(
-        "kernel: exception {vector}, syndrome {syndrome:#x} at {pc:#x}, address {address:#x}"
-    );
+    println!("kernel: exception {vector}, syndrome {syndrome:#x} at {pc:#x}, address {address:#x}");
     Arch::exit(false)
 }
 
@@ -266,7 +265,10 @@ impl Architecture for Arch {
         distributor.write(0, 1);
         interface.write(4, 0xff);
         interface.write(0, 1);
-        let gic = GIC.call_once(|| Gic { distributor, interface });
+        let gic = GIC.call_once(|| Gic {
+            distributor,
+            interface,
+        });
         gic.set_line(TIMER, true);
         start_tick();
         Self::unmask_interrupts();

@@ -141,7 +141,7 @@ const LOW_MEMORY: u64 = 0x1000_0000;
 const CONSOLE: u64 = 0x1fe0_01e0;
 const POWER: u64 = 0x100e_001c;
 /// The window through which registers are seen without a page table.
-const REGISTERS: u64 = 0x8000_0000_0000_0000;
+const WINDOW: u64 = 0x8000_0000_0000_0000;
 
 /// Control and status registers: the interrupts let in, the timer's setting and acknowledgment.
 const ECFG: u32 = 0x4;
@@ -208,7 +208,7 @@ fn counter() -> u64 {
 
 /// Returns where an 8-bit register of the board is seen.
 fn register(physical: u64) -> *mut u8 {
-    core::ptr::with_exposed_provenance_mut((REGISTERS + physical) as usize)
+    core::ptr::with_exposed_provenance_mut((WINDOW + physical) as usize)
 }
 
 #[unsafe(no_mangle)]
@@ -305,7 +305,10 @@ impl Architecture for Arch {
         let group = EIO_ENABLE + u64::from(line / 32 * 4);
         let (lines, mask) = (read_iocsr(group), pic.read(PIC_MASK + half));
         write_iocsr(group, if enabled { lines | bit } else { lines & !bit });
-        pic.write(PIC_MASK + half, if enabled { mask & !bit } else { mask | bit });
+        pic.write(
+            PIC_MASK + half,
+            if enabled { mask & !bit } else { mask | bit },
+        );
     }
 
     fn mask_interrupts() -> bool {

@@ -146,7 +146,8 @@ impl Plic {
         let enable = 0x2000 + 0x80 * self.context + 4 * (number / 32);
         let bit = 1 << (line % 32);
         let old = self.registers.read(enable);
-        self.registers.write(enable, if enabled { old | bit } else { old & !bit });
+        self.registers
+            .write(enable, if enabled { old | bit } else { old & !bit });
     }
 }
 
@@ -246,12 +247,16 @@ impl Architecture for Arch {
         let node = tree
             .find_compatible(&["sifive,plic-1.0.0", "riscv,plic0"])
             .ok_or(Error::Machine("no PLIC"))?;
-        let range = tree::registers(node).next().ok_or(Error::Machine("no PLIC"))?;
+        let range = tree::registers(node)
+            .next()
+            .ok_or(Error::Machine("no PLIC"))?;
         // Pairs of a hart and an interrupt of it, one for each context; 9 is supervisor mode's.
         let context = tree::cells(node, "interrupts-extended")
             .chunks_exact(2)
             .position(|pair| pair[1] == 9)
-            .ok_or(Error::Machine("the PLIC has no context for supervisor mode"))?;
+            .ok_or(Error::Machine(
+                "the PLIC has no context for supervisor mode",
+            ))?;
         // SAFETY: the tree says that the controller lies there, which accesses no memory.
         let registers = unsafe { Registers::new(range) }?;
         // Let every priority through.

@@ -510,7 +510,9 @@ impl Architecture for Arch {
     }
 
     fn pci_line(_device: u8, _pin: u8, interrupt_line: u8) -> Option<u32> {
-        (1..16).contains(&interrupt_line).then_some(u32::from(interrupt_line))
+        (1..16)
+            .contains(&interrupt_line)
+            .then_some(u32::from(interrupt_line))
     }
 }
 

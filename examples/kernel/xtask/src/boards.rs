@@ -19,6 +19,13 @@ pub(crate) struct Board {
     pub(crate) status: (i32, i32),
 }
 
+impl Board {
+    /// Returns how the kernel names the places of this board's devices.
+    pub(crate) const fn place(&self) -> &'static str {
+        if self.pci { "pci" } else { "mmio" }
+    }
+}
+
 const MODERN: &str = "virtio-mmio.force-legacy=false";
 const LEGACY: &str = "virtio-mmio.force-legacy=true";
 
@@ -38,7 +45,16 @@ pub(crate) const BOARDS: &[Board] = &[
         about: "a PC without PCI: virtio-mmio (modern) by the command line",
         architecture: "x86_64",
         machine: &[
-            "-M", "microvm,acpi=off", "-cpu", "max", "-m", "256M", "-device", PC_EXIT, "-global", MODERN,
+            "-M",
+            "microvm,acpi=off",
+            "-cpu",
+            "max",
+            "-m",
+            "256M",
+            "-device",
+            PC_EXIT,
+            "-global",
+            MODERN,
         ],
         pci: false,
         command_line: true,
@@ -49,8 +65,16 @@ pub(crate) const BOARDS: &[Board] = &[
         about: "virt: virtio-mmio (modern) by the device tree",
         architecture: "aarch64",
         machine: &[
-            "-M", "virt", "-cpu", "max", "-m", "256M", "-global", MODERN,
-            "-semihosting-config", "enable=on,target=native",
+            "-M",
+            "virt",
+            "-cpu",
+            "max",
+            "-m",
+            "256M",
+            "-global",
+            MODERN,
+            "-semihosting-config",
+            "enable=on,target=native",
         ],
         pci: false,
         command_line: true,
@@ -61,8 +85,14 @@ pub(crate) const BOARDS: &[Board] = &[
         about: "virt: PCI by the device tree, its BARs assigned by the kernel",
         architecture: "aarch64",
         machine: &[
-            "-M", "virt", "-cpu", "cortex-a57", "-m", "512M",
-            "-semihosting-config", "enable=on,target=native",
+            "-M",
+            "virt",
+            "-cpu",
+            "cortex-a57",
+            "-m",
+            "512M",
+            "-semihosting-config",
+            "enable=on,target=native",
         ],
         pci: true,
         command_line: true,

@@ -14,8 +14,7 @@ const DEBIAN_PACKAGES: &str = "rustc-web cargo-web rust-web-src rust-web-llvm ll
 
 /// What makes code for a host's target fit for a kernel: fixed addresses, and room below the stack
 /// pointer for interrupts.
-const HOST_FLAGS: &str =
-    "-Crelocation-model=static -Ctarget-feature=+crt-static -Cno-redzone=y -Cforce-frame-pointers=yes";
+const HOST_FLAGS: &str = "-Crelocation-model=static -Ctarget-feature=+crt-static -Cno-redzone=y -Cforce-frame-pointers=yes";
 
 /// Returns the kernel workspace's directory.
 pub(crate) fn workspace() -> &'static Path {
@@ -25,8 +24,7 @@ pub(crate) fn workspace() -> &'static Path {
 
 /// Returns the directory that builds go to.
 pub(crate) fn target_directory() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| workspace().join("target"), PathBuf::from)
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }
 
 /// Builds the kernel for an architecture, in release, and returns where it is.
@@ -49,7 +47,10 @@ pub(crate) fn kernel(architecture: &str) -> Result<PathBuf> {
     }
     cargo.current_dir(workspace());
     cargo.args(["build", "--quiet", "--release", "--package", "kernel"]);
-    cargo.args(["--target", target]).arg("--target-dir").arg(&directory);
+    cargo
+        .args(["--target", target])
+        .arg("--target-dir")
+        .arg(&directory);
     if !installed {
         cargo.arg("-Zbuild-std=core,alloc");
     }
@@ -60,7 +61,11 @@ pub(crate) fn kernel(architecture: &str) -> Result<PathBuf> {
 }
 
 fn target(architecture: &str) -> Result<&'static str> {
-    let linux_host = cfg!(all(target_arch = "x86_64", target_os = "linux", target_env = "gnu"));
+    let linux_host = cfg!(all(
+        target_arch = "x86_64",
+        target_os = "linux",
+        target_env = "gnu"
+    ));
     Ok(match architecture {
         "aarch64" => "aarch64-unknown-none-softfloat",
         "loongarch64" => "loongarch64-unknown-none-softfloat",
@@ -72,18 +77,28 @@ fn target(architecture: &str) -> Result<&'static str> {
 }
 
 fn sysroot(rustc: &str) -> Option<PathBuf> {
-    let output = Command::new(rustc).args(["--print", "sysroot"]).output().ok()?;
+    let output = Command::new(rustc)
+        .args(["--print", "sysroot"])
+        .output()
+        .ok()?;
     let path = String::from_utf8(output.stdout).ok()?;
     output.status.success().then(|| PathBuf::from(path.trim()))
 }
 
 fn has_target(sysroot: &Path, target: &str) -> bool {
-    sysroot.join("lib/rustlib").join(target).join("lib").is_dir()
+    sysroot
+        .join("lib/rustlib")
+        .join(target)
+        .join("lib")
+        .is_dir()
 }
 
 fn debian_cargo(target: &str, variable: &str) -> Result<Command> {
-    let sources = sysroot(DEBIAN_RUSTC)
-        .is_some_and(|sysroot| sysroot.join("lib/rustlib/src/rust/library/Cargo.lock").is_file());
+    let sources = sysroot(DEBIAN_RUSTC).is_some_and(|sysroot| {
+        sysroot
+            .join("lib/rustlib/src/rust/library/Cargo.lock")
+            .is_file()
+    });
     if !sources {
         return Err(format!(
             "rustc has no target {target}. Either: rustup target add {target}\n\
@@ -95,7 +110,12 @@ fn debian_cargo(target: &str, variable: &str) -> Result<Command> {
     cargo.env("RUSTC", DEBIAN_RUSTC);
     // That `build-std` is unstable is known.
     cargo.env("RUSTC_BOOTSTRAP", "1");
-    for name in ["CARGO", "RUSTUP_TOOLCHAIN", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
+    for name in [
+        "CARGO",
+        "RUSTUP_TOOLCHAIN",
+        "RUSTFLAGS",
+        "CARGO_ENCODED_RUSTFLAGS",
+    ] {
         cargo.env_remove(name);
     }
     cargo.env(format!("CARGO_TARGET_{variable}_LINKER"), linker()?);
@@ -104,7 +124,10 @@ fn debian_cargo(target: &str, variable: &str) -> Result<Command> {
 
 /// Returns a `rust-lld` that runs: Debian's, or the one inside rustup's toolchain.
 fn linker() -> Result<PathBuf> {
-    let host = format!("lib/rustlib/{}-unknown-linux-gnu/bin/rust-lld", env::consts::ARCH);
+    let host = format!(
+        "lib/rustlib/{}-unknown-linux-gnu/bin/rust-lld",
+        env::consts::ARCH
+    );
     let inside = sysroot("rustc").map(|sysroot| sysroot.join(host));
     let candidates = [Some(PathBuf::from("/usr/bin/rust-lld")), inside];
     let runs = |path: &PathBuf| {

@@ -14,14 +14,19 @@ const BLOCKS: u32 = 32 * 1024;
 const FIRST: u32 = 2048;
 
 /// The file for the kernel.
-pub(crate) const THEIRS: (&str, &[u8]) = ("HELLO.TXT", b"This was on the disk before the kernel came.\n");
+pub(crate) const THEIRS: (&str, &[u8]) = (
+    "HELLO.TXT",
+    b"This was on the disk before the kernel came.\n",
+);
 
 /// The file that the kernel writes, and what it writes; the kernel's `disk.rs` has the same.
 pub(crate) const OURS: &str = "KERNEL.BIN";
 
 /// Returns what the kernel writes.
 pub(crate) fn expected() -> Vec<u8> {
-    (0..100_001_usize).map(|index| (index * index / 7).to_le_bytes()[0]).collect()
+    (0..100_001_usize)
+        .map(|index| (index * index / 7).to_le_bytes()[0])
+        .collect()
 }
 
 /// Makes the disk's image at `path`.
@@ -39,10 +44,15 @@ pub(crate) fn create(path: &Path) -> Result {
     disk[510..512].copy_from_slice(&[0x55, 0xaa]);
 
     let mut partition = Cursor::new(&mut disk[BLOCK * FIRST as usize..]);
-    let options = FormatVolumeOptions::new().fat_type(FatType::Fat16).bytes_per_cluster(2048);
+    let options = FormatVolumeOptions::new()
+        .fat_type(FatType::Fat16)
+        .bytes_per_cluster(2048);
     fatfs::format_volume(&mut partition, options)?;
     let files = FileSystem::new(partition, FsOptions::new())?;
-    files.root_dir().create_file(THEIRS.0)?.write_all(THEIRS.1)?;
+    files
+        .root_dir()
+        .create_file(THEIRS.0)?
+        .write_all(THEIRS.1)?;
     files.unmount()?;
     Ok(std::fs::write(path, disk)?)
 }

@@ -22,6 +22,8 @@ const READY: &str = "net: echo on port 7";
 /// The length of the page and of what the visitor says, in bytes.
 const PAGE: usize = 300_000;
 const SPEECH: usize = 200_000;
+/// The size that the disk grows to, in bytes.
+const RESIZED: u64 = 32 << 20;
 
 /// When the console is shown.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -76,10 +78,19 @@ pub(crate) fn boot(board: &Board, kernel: &Path, console: Console) -> Result<f64
         disturb(&mut monitor)?;
         visit(monitor.echo_port()?)?;
         qemu.wait_for_end(board.status.0)?;
-        qemu.expect(&format!("page of {PAGE} bytes, sum {:08x}", checksum(&content)))?;
+        qemu.expect(&format!(
+            "page of {PAGE} bytes, sum {:08x}",
+            checksum(&content)
+        ))?;
         let (name, theirs) = image::THEIRS;
-        qemu.expect(&format!("{name} {} bytes, sum {:08x}", theirs.len(), checksum(theirs)))?;
+        qemu.expect(&format!(
+            "{name} {} bytes, sum {:08x}",
+            theirs.len(),
+            checksum(theirs)
+        ))?;
         qemu.expect(&format!("echoed {SPEECH} bytes"))?;
+        qemu.expect("net: the link is up")?;
+        qemu.expect(&format!("{} blocks now", RESIZED / 512))?;
         if qemu.said.last().is_none_or(|line| line != "kernel: ok") {
             return Err("the last line is not `kernel: ok`".into());
         }
@@ -88,21 +99,31 @@ pub(crate) fn boot(board: &Board, kernel: &Path, console: Console) -> Result<f64
     qemu.conclude(result)
 }
 
-/// Boots a board whose interrupts are lost; it must notice, say so and end, and no clock must hide it.
+/// Boots a board on which something is wrong with interrupts, told by `command_line`. The kernel
+/// must end with a failure, have said each of `expected`, and nothing that contains `unexpected`.
 ///
 /// # Errors
 ///
 /// It does not.
-pub(crate) fn boot_without_interrupts(board: &Board, kernel: &Path) -> Result<f64> {
+pub(crate) fn boot_to_failure(
+    board: &Board,
+    kernel: &Path,
+    command_line: &str,
+    expected: &[&str],
+    unexpected: &str,
+) -> Result<f64> {
     let directory = directory(board)?;
     image::create(&directory.join("disk.img"))?;
-    std::fs::write(directory.join("page.bin"), b"")?;
-    let mut qemu = Qemu::start(board, kernel, &directory, "lose-interrupts", Console::OnFailure)?;
+    std::fs::write(directory.join("page.bin"), bytes(PAGE, 3))?;
+    let console = Console::OnFailure;
+    let mut qemu = Qemu::start(board, kernel, &directory, command_line, console)?;
     let result = (|| {
         qemu.wait_for_end(board.status.1)?;
-        qemu.expect("interrupts: 0 of devices")?;
-        if qemu.said.iter().any(|line| line.contains(": ok")) {
-            return Err("something went well without interrupts".into());
+        for text in expected {
+            qemu.expect(text)?;
+        }
+        if let Some(line) = qemu.said.iter().find(|line| line.contains(unexpected)) {
+            return Err(format!("this went well: {line}").into());
         }
         Ok(())
     })();
@@ -131,13 +152,21 @@ impl Qemu {
         let server = std::env::current_exe()?;
         let page = directory.join("page.bin");
         let mut command = Command::new(&program);
-        command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-accel", "tcg"]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-accel",
+            "tcg",
+        ]);
         command.args(["-display", "none", "-serial", "stdio"]);
         command.args(board.machine).arg("-kernel").arg(kernel);
         if board.command_line {
             command.args(["-append", command_line]);
         }
-        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
+        command
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", socket.display()));
         command.arg("-drive").arg(format!(
             "if=none,id=disk0,format=raw,file={}",
             directory.join("disk.img").display()
@@ -150,9 +179,13 @@ impl Qemu {
             page.display()
         ));
         let cable = format!("virtio-net-{bus},id=nic0,netdev=net0");
-        command.arg("-device").arg(format!("virtio-blk-{bus},drive=disk0"));
+        command
+            .arg("-device")
+            .arg(format!("virtio-blk-{bus},drive=disk0"));
         command.arg("-device").arg(cable);
-        command.arg("-device").arg(format!("virtio-gpu-{bus},id=gpu0"));
+        command
+            .arg("-device")
+            .arg(format!("virtio-gpu-{bus},id=gpu0"));
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command
             .spawn()
@@ -191,7 +224,9 @@ impl Qemu {
                 Ok(self.said.last().map(String::as_str))
             }
             Err(RecvTimeoutError::Disconnected) => Ok(None),
-            Err(RecvTimeoutError::Timeout) => Err(format!("it hangs: {PATIENCE:?} are over").into()),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(format!("it hangs: {PATIENCE:?} are over").into())
+            }
         }
     }
 
@@ -271,8 +306,15 @@ impl Monitor {
             r#"{"execute":"human-monitor-command","arguments":{"command-line":"info usernet"}}"#,
         )?;
         // TCP[HOST_FORWARD]  12  127.0.0.1  43210  10.0.2.15  7  0  0
-        let row = answer.split("TCP[HOST_FORWARD]").nth(1).ok_or("no forwarded port")?;
-        Ok(row.split_whitespace().nth(2).ok_or("no forwarded port")?.parse()?)
+        let row = answer
+            .split("TCP[HOST_FORWARD]")
+            .nth(1)
+            .ok_or("no forwarded port")?;
+        Ok(row
+            .split_whitespace()
+            .nth(2)
+            .ok_or("no forwarded port")?
+            .parse()?)
     }
 }
 
@@ -283,9 +325,8 @@ fn disturb(monitor: &mut Monitor) -> Result {
             r#"{{"execute":"set_link","arguments":{{"name":"nic0","up":{up}}}}}"#
         ))?;
     }
-    monitor.execute(
-        r#"{"execute":"block_resize","arguments":{"device":"disk0","size":33554432}}"#,
-    )?;
+    monitor
+        .execute(r#"{"execute":"block_resize","arguments":{"device":"disk0","size":33554432}}"#)?;
     Ok(())
 }
 
@@ -298,13 +339,19 @@ fn visit(port: u16) -> Result {
     let mut speaker = stream.try_clone()?;
     let spoken = speech.clone();
     let speaking = thread::spawn(move || {
-        speaker.write_all(&spoken).and_then(|()| speaker.shutdown(Shutdown::Write))
+        speaker
+            .write_all(&spoken)
+            .and_then(|()| speaker.shutdown(Shutdown::Write))
     });
     let mut heard = Vec::new();
     stream.read_to_end(&mut heard)?;
     speaking.join().map_err(|_| "the speaker failed")??;
     if heard != speech {
-        return Err(format!("the echo is wrong: {} of {SPEECH} bytes came back", heard.len()).into());
+        return Err(format!(
+            "the echo is wrong: {} of {SPEECH} bytes came back",
+            heard.len()
+        )
+        .into());
     }
     Ok(())
 }
@@ -323,7 +370,11 @@ pub(crate) fn serve_page(path: &str) -> Result {
     }
     let page = std::fs::read(path)?;
     let mut output = std::io::stdout().lock();
-    write!(output, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", page.len())?;
+    write!(
+        output,
+        "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n",
+        page.len()
+    )?;
     output.write_all(&page)?;
     Ok(output.flush()?)
 }

@@ -35,7 +35,10 @@ impl DrawTarget for Screen {
     type Color = Rgb888;
     type Error = Infallible;
 
-    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(&mut self, pixels: I) -> Result<(), Infallible> {
+    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(
+        &mut self,
+        pixels: I,
+    ) -> Result<(), Infallible> {
         for Pixel(point, color) in pixels {
             let (Ok(x), Ok(y)) = (u32::try_from(point.x), u32::try_from(point.y)) else {
                 continue;
@@ -59,11 +62,15 @@ pub(crate) fn compare(ppm: &[u8], architecture: &str) -> Result {
     let mut number = |what: &str| -> Result<u32> {
         let field = fields.next().ok_or("the picture is cut off")?;
         let text = std::str::from_utf8(field)?;
-        text.trim_start_matches('P').parse().map_err(|_| format!("the picture's {what}: {text}").into())
+        text.trim_start_matches('P')
+            .parse()
+            .map_err(|_| format!("the picture's {what}: {text}").into())
     };
     let (format, width, height) = (number("format")?, number("width")?, number("height")?);
     let rest = fields.next().ok_or("the picture is cut off")?;
-    let found = rest.strip_prefix(b"255\n").ok_or("the picture is not of 8 bits")?;
+    let found = rest
+        .strip_prefix(b"255\n")
+        .ok_or("the picture is not of 8 bits")?;
     if format != 6 || (width, height) < (64, 64) {
         return Err("the picture is too small, or no P6".into());
     }
@@ -77,9 +84,16 @@ pub(crate) fn compare(ppm: &[u8], architecture: &str) -> Result {
         detail: architecture,
     };
     let Ok(()) = card.draw(&mut screen);
-    let wrong = screen.bytes.chunks(3).zip(found.chunks(3)).filter(|(one, other)| one != other).count();
+    let wrong = screen
+        .bytes
+        .chunks(3)
+        .zip(found.chunks(3))
+        .filter(|(one, other)| one != other)
+        .count();
     if found.len() != screen.bytes.len() || wrong > 0 {
-        return Err(format!("{wrong} pixels of {width} x {height} are not as they should be").into());
+        return Err(
+            format!("{wrong} pixels of {width} x {height} are not as they should be").into(),
+        );
     }
     Ok(())
 }
