@@ -420,7 +420,7 @@ fn a_flood_comes_in_whole_and_in_order() {
             match nic.receive() {
                 Ok(buffer) => {
                     let number = u32::from_le_bytes(buffer.packet()[14..18].try_into().unwrap());
-                    // A NIC without room drops frames, and those that come keep their order.
+                    // QEMU holds frames back while the NIC has no room for them.
                     assert_eq!(number, expected);
                     assert_eq!(buffer.packet_len(), 60 + number as usize % 1400);
                     expected = number + 1;

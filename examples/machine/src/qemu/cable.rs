@@ -49,6 +49,8 @@ impl Cable {
 
     /// Sends a frame, if there is room on the cable. `false`: there is none yet, and nothing was sent.
     ///
+    /// A part of it may wait here until the next call of any method.
+    ///
     /// # Errors
     ///
     /// * [`io::ErrorKind::InvalidInput`]: the frame is longer than [`MAX_FRAME`]. Nothing is sent.
@@ -67,7 +69,7 @@ impl Cable {
         Ok(true)
     }
 
-    /// Sends a frame, waiting for room at most `limit`.
+    /// Sends a frame, waiting for room at most `limit`, and until all of it is on its way.
     ///
     /// # Errors
     ///
@@ -76,6 +78,13 @@ impl Cable {
         let end = Instant::now() + limit;
         while !self.try_send(frame)? {
             self.wait(PollFlags::OUT, end)?;
+        }
+        while !self.push_out()? {
+            match self.wait(PollFlags::OUT, end) {
+                // The frame is taken: its rest goes with what comes after.
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => break,
+                result => result?,
+            }
         }
         Ok(())
     }
@@ -207,6 +216,22 @@ mod tests {
         }
         drop(cable);
         assert_eq!(reader.join().unwrap(), sent * (PREFIX + frame.len()));
+    }
+
+    #[test]
+    fn a_frame_that_is_sent_is_on_its_way_to_the_last_byte() {
+        let (mut cable, far) = Cable::new().unwrap();
+        let frame = [7; 60_000];
+        while cable.try_send(&frame).unwrap() {}
+        let reader = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            (&far).read_to_end(&mut bytes).unwrap();
+            bytes.len()
+        });
+        cable.send(&[1; 60_000], SOON).unwrap();
+        assert!(cable.outgoing.is_empty());
+        drop(cable);
+        assert_eq!(reader.join().unwrap() % (PREFIX + frame.len()), 0);
     }
 
     #[test]
