@@ -277,11 +277,13 @@ fn draw_text<D: DrawTarget<Color = Rgb888>>(
         let wide = width / font.character_size.width.saturating_mul(letters).max(1);
         wide.min(height * 9 / 10 / font.character_size.height)
     };
-    let fonts = [&FONT_4X6, &FONT_6X10, &FONT_10X20].map(|font| (font, fits(font)));
+    let fonts = [&FONT_10X20, &FONT_6X10, &FONT_4X6].map(|font| (font, fits(font)));
+    let height_of = |(font, factor): (&MonoFont<'_>, u32)| font.character_size.height * factor;
+    let most = fonts.into_iter().map(height_of).max().unwrap_or(0);
+    // A font with finer letters is worth a third of the height.
     let Some((font, factor)) = fonts
         .into_iter()
-        .filter(|(_, factor)| *factor > 0)
-        .max_by_key(|(font, factor)| font.character_size.height * factor)
+        .find(|font| font.1 > 0 && height_of(*font) * 3 > most * 2)
     else {
         return Ok(());
     };
