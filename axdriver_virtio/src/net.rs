@@ -431,18 +431,24 @@ impl<H: Hal, T: Transport, const QS: usize> VirtIoNetDev<H, T, QS> {
         Ok(())
     }
 
-    /// Posts the buffers that were dropped instead of being recycled.
+    /// Posts the buffers that were dropped or sent instead of being recycled, but leaves as many as
+    /// the transmit queue has room for.
     fn replenish(&mut self) -> DevResult {
-        if self.rx.free() == 0 || self.pool.available() == 0 {
-            return Ok(());
-        }
+        let mut posted = false;
         while self.rx.free() > 0 {
-            let Some(buf) = self.pool.alloc_boxed() else {
-                break;
+            let has_surplus = self.free.len() > usize::from(self.tx.free());
+            let buf = if has_surplus {
+                self.free.pop()
+            } else {
+                self.pool.alloc_boxed()
             };
+            let Some(buf) = buf else { break };
             self.post(buf)?;
+            posted = true;
         }
-        self.rx.submit(self.lifecycle.live()?);
+        if posted {
+            self.rx.submit(self.lifecycle.live()?);
+        }
         Ok(())
     }
 
