@@ -5,11 +5,13 @@ use std::{
     io::{Read, Seek, SeekFrom},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
     time::Instant,
 };
 
 use anyhow::{Context, bail, ensure};
 use axdriver_block::BlockDriverOps;
+use axdriver_virtio::VirtIoBlkDev;
 use clap::Parser;
 use examples::{
     board::{Map, Place, Transport},
@@ -18,18 +20,26 @@ use examples::{
     report::{self, Table},
     work,
 };
-use machine::{Board, Disk};
+use machine::{
+    Board, Disk, Installed, Machine, MachineHal, Memory,
+    memory::DEFAULT_BASE,
+    vhost_user::{Socket, VhostUserDevice, VhostUserOptions, VhostUserTransport},
+};
 
-/// Drives a raw disk image through a virtio disk.
+/// Drives a raw disk image through a virtio disk, or the disk of another program through vhost-user.
 ///
-/// Without further options, the partitions and the files of FAT file systems are listed, and the image is opened for
-/// reading only.
+/// Without further options, the partitions and the files of FAT file systems are listed, and nothing is written: an image
+/// is opened for reading only.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
     /// The image: a raw one, as `truncate -s 64M disk.img` makes it.
-    #[arg(long, value_name = "PATH")]
-    disk: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "vhost_user")]
+    disk: Option<PathBuf>,
+
+    /// The socket of a program that offers a disk by vhost-user, such as qemu-storage-daemon.
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["disk", "transport"])]
+    vhost_user: Option<PathBuf>,
 
     /// How the disk is joined to the board.
     #[arg(long, value_enum, default_value_t)]
@@ -39,23 +49,23 @@ struct Args {
     #[arg(long, value_name = "NUMBER")]
     partition: Option<usize>,
 
-    /// Copies a file of the host into a directory of the image that exists.
+    /// Copies a file of the host into a directory of the disk that exists.
     #[arg(long, num_args = 2, value_names = ["HOST_FILE", "DISK_FILE"], action = clap::ArgAction::Append)]
     copy_in: Vec<PathBuf>,
 
-    /// Copies a file of the image to the host.
+    /// Copies a file of the disk to the host.
     #[arg(long, num_args = 2, value_names = ["DISK_FILE", "HOST_FILE"], action = clap::ArgAction::Append)]
     copy_out: Vec<PathBuf>,
 
-    /// Makes an empty FAT file system on the whole image.
+    /// Makes an empty FAT file system on the whole disk.
     #[arg(long, requires = "destroy_all_data", conflicts_with_all = ["verify", "partition"])]
     format: bool,
 
-    /// Fills the whole image with a pattern, and checks that it holds it.
+    /// Fills the whole disk with a pattern, and checks that it holds it.
     #[arg(long, requires = "destroy_all_data", conflicts_with_all = ["copy_in", "copy_out", "partition"])]
     verify: bool,
 
-    /// Says that all that is in the image may be lost, which --format and --verify ask for.
+    /// Says that all that is on the disk may be lost, which --format and --verify ask for.
     #[arg(long)]
     destroy_all_data: bool,
 
@@ -70,38 +80,99 @@ fn main() -> ExitCode {
     report::run(|| drive(&args))
 }
 
-fn drive(args: &Args) -> anyhow::Result<()> {
-    let path = &args.disk;
-    check_image(path)?;
-    let changes = args.format || args.verify || !args.copy_in.is_empty();
-    let disk = if changes {
-        Disk::file(path)
-    } else {
-        Disk::file_read_only(path)
-    };
-    let disk = disk.with_context(|| format!("cannot open {}", path.display()))?;
-    let board = args
-        .transport
-        .plug(Board::emulated().without_watch(), disk)
-        .build()?;
-    let map = Map::from(&board);
-    let found = map.probe();
-    let place = found
-        .first()
-        .context("the disk is not found on the board")?
-        .place;
+/// What the driver of the disk can be started on, again and again.
+enum Link {
+    /// An emulated board with a disk.
+    Board {
+        map: Map,
+        place: Place,
+        _board: Board,
+    },
+    /// Memory that is shared with another program.
+    VhostUser {
+        socket: PathBuf,
+        memory: Arc<Memory>,
+        _installed: Installed,
+    },
+}
 
+impl Link {
+    /// Makes the board that the arguments ask for.
+    fn new(args: &Args) -> anyhow::Result<Self> {
+        /// In bytes: queues, and buffers on their way.
+        const MEMORY: usize = 16 << 20;
+
+        if let Some(socket) = &args.vhost_user {
+            let memory = Memory::anonymous(DEFAULT_BASE, MEMORY)?;
+            // There are no registers: all that they would say goes over the socket.
+            let machine = Machine::new(memory.clone(), Arc::new(()));
+            return Ok(Self::VhostUser {
+                socket: socket.clone(),
+                memory,
+                _installed: machine.install(),
+            });
+        }
+        let path = args.disk.as_deref().context("no disk is named")?;
+        check_image(path)?;
+        let changes = args.format || args.verify || !args.copy_in.is_empty();
+        let disk = if changes {
+            Disk::file(path)
+        } else {
+            Disk::file_read_only(path)
+        };
+        let disk = disk.with_context(|| format!("cannot open {}", path.display()))?;
+        let board = args
+            .transport
+            .plug(Board::emulated().without_watch(), disk)
+            .build();
+        let board = board.context("cannot have the memory of an emulated board")?;
+        let map = Map::from(&board);
+        let found = map.probe();
+        let place = found
+            .first()
+            .context("the disk is not found on the board")?
+            .place;
+        Ok(Self::Board {
+            map,
+            place,
+            _board: board,
+        })
+    }
+
+    fn start(&self) -> anyhow::Result<Box<dyn BlockDriverOps>> {
+        match self {
+            Self::Board { map, place, .. } => map.start_disk(*place),
+            Self::VhostUser { socket, memory, .. } => {
+                let options = VhostUserOptions::new(VhostUserDevice::Block);
+                let transport =
+                    VhostUserTransport::connect(Socket::at(socket), memory.clone(), options)?;
+                let disk = VirtIoBlkDev::<MachineHal, _>::try_new(transport);
+                Ok(Box::new(disk.with_context(|| {
+                    format!("the disk at {} does not start", socket.display())
+                })?))
+            }
+        }
+    }
+}
+
+fn drive(args: &Args) -> anyhow::Result<()> {
+    let link = Link::new(args)?;
+    let path = args
+        .disk
+        .as_ref()
+        .or(args.vhost_user.as_ref())
+        .context("no disk is named")?;
     if args.verify {
-        return verify(&map, place);
+        return verify(&link);
     }
     if args.format {
-        let mut stream = BlockStream::new(map.start_disk(place)?)?;
+        let mut stream = BlockStream::new(link.start()?)?;
         fat::format(&mut stream, "axdriver")?;
         println!("formatted {}", path.display());
     }
-    copy(&map, place, args)?;
+    copy(&link, args)?;
     if args.copy_in.is_empty() && args.copy_out.is_empty() {
-        list(&map, place, path)?;
+        list(&link, path)?;
     }
     Ok(())
 }
@@ -139,8 +210,8 @@ fn check_image(path: &Path) -> anyhow::Result<()> {
 }
 
 /// Prints what is on the disk.
-fn list(map: &Map, place: Place, path: &Path) -> anyhow::Result<()> {
-    let mut disk = map.start_disk(place)?;
+fn list(link: &Link, path: &Path) -> anyhow::Result<()> {
+    let mut disk = link.start()?;
     let (blocks, block_size) = (disk.num_blocks(), disk.block_size());
     let size = report::size(blocks.saturating_mul(block_size as u64));
     let access = if disk.capabilities().read_only {
@@ -233,11 +304,11 @@ fn print_files(entries: &[fat::Entry]) {
 }
 
 /// Copies files as asked.
-fn copy(map: &Map, place: Place, args: &Args) -> anyhow::Result<()> {
+fn copy(link: &Link, args: &Args) -> anyhow::Result<()> {
     if args.copy_in.is_empty() && args.copy_out.is_empty() {
         return Ok(());
     }
-    let mut stream = open_volume(map, place, args)?;
+    let mut stream = open_volume(link, args)?;
     for pair in args.copy_in.chunks_exact(2) {
         let (source, target) = (&pair[0], disk_path(&pair[1])?);
         let mut file =
@@ -256,6 +327,7 @@ fn copy(map: &Map, place: Place, args: &Args) -> anyhow::Result<()> {
     }
     for pair in args.copy_out.chunks_exact(2) {
         let (source, target) = (disk_path(&pair[0])?, &pair[1]);
+        let room = stream.size();
         let copied = fat::mounted(&mut stream, |fs| {
             // The host's file is made only when there is something to put in it.
             let size = fs
@@ -263,6 +335,11 @@ fn copy(map: &Map, place: Place, args: &Args) -> anyhow::Result<()> {
                 .open_file(source.trim_matches('/'))
                 .and_then(|mut file| file.seek(SeekFrom::End(0)));
             let size = size.with_context(|| format!("cannot open {source} on the disk"))?;
+            // In a damaged file system, the parts of a file can follow each other in a circle.
+            ensure!(
+                size <= room,
+                "{source} is damaged: its {size} bytes are more than the {room} of the file system"
+            );
             let mut file = File::create(target)
                 .with_context(|| format!("cannot create {}", target.display()))?;
             let bar = report::progress(size, "copying");
@@ -285,12 +362,8 @@ fn disk_path(path: &Path) -> anyhow::Result<&str> {
 }
 
 /// Opens the part of the disk with the FAT file system that is meant.
-fn open_volume(
-    map: &Map,
-    place: Place,
-    args: &Args,
-) -> anyhow::Result<BlockStream<Box<dyn BlockDriverOps>>> {
-    let mut disk = map.start_disk(place)?;
+fn open_volume(link: &Link, args: &Args) -> anyhow::Result<BlockStream<Box<dyn BlockDriverOps>>> {
+    let mut disk = link.start()?;
     let (scheme, partitions) = partition::read_table(&mut disk)?;
     if scheme == Scheme::Whole && args.partition.is_none() {
         return Ok(BlockStream::new(disk)?);
@@ -328,8 +401,8 @@ fn open_volume(
 }
 
 /// Fills the disk, starts the driver afresh, and compares.
-fn verify(map: &Map, place: Place) -> anyhow::Result<()> {
-    let mut disk = map.start_disk(place)?;
+fn verify(link: &Link) -> anyhow::Result<()> {
+    let mut disk = link.start()?;
     let bytes = disk.num_blocks().saturating_mul(disk.block_size() as u64);
     for step in [work::Step::Fill, work::Step::Check] {
         let bar = report::progress(bytes, step.name());
@@ -343,7 +416,7 @@ fn verify(map: &Map, place: Place) -> anyhow::Result<()> {
             report::rate(bytes, start.elapsed())
         );
         drop(disk);
-        disk = map.start_disk(place)?;
+        disk = link.start()?;
     }
     println!("all {} blocks hold what was written", disk.num_blocks());
     Ok(())

@@ -5,7 +5,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Child, Command, Output},
 };
 
 use embedded_graphics::{Drawable, pixelcolor::Rgb888, prelude::RgbColor};
@@ -379,6 +379,75 @@ fn what_is_no_disk_image_is_refused_with_a_reason() {
     beyond[446 + 8..446 + 16].fill(0x7f);
     beyond[510..512].copy_from_slice(&[0x55, 0xaa]);
     assert!(refused(&file("beyond", &beyond)).contains("leaves the disk"));
+}
+
+/// A program that offers an image by vhost-user, until this is dropped.
+struct StorageDaemon(Child);
+
+impl StorageDaemon {
+    fn start(image: &str, socket: &Path) -> Self {
+        let blockdev = format!("driver=file,filename={image},node-name=file");
+        let export = format!(
+            "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},writable=on",
+            socket.display()
+        );
+        let mut command = Command::new("qemu-storage-daemon");
+        command.args([
+            "--blockdev",
+            &blockdev,
+            "--blockdev",
+            "driver=raw,file=file,node-name=disk",
+            "--export",
+            &export,
+        ]);
+        let mut daemon = Self(command.spawn().unwrap());
+        while !socket.exists() {
+            assert!(
+                daemon.0.try_wait().unwrap().is_none(),
+                "qemu-storage-daemon has ended"
+            );
+            std::thread::yield_now();
+        }
+        daemon
+    }
+}
+
+impl Drop for StorageDaemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_disk_of_another_program_is_driven_through_vhost_user() {
+    if let Some(why) = machine::vhost_user::StorageDaemon::missing() {
+        eprintln!("{why}");
+        return;
+    }
+    let directory = Scratch::new("block").unwrap();
+    let image = make_image(&directory);
+    let socket = directory.path().join("disk.sock");
+    let path = socket.to_str().unwrap();
+    let error = fail("block", &["--vhost-user", path]);
+    assert!(error.contains("disk.sock"), "{error}");
+    let daemon = StorageDaemon::start(&image, &socket);
+    let said = succeed("block", &["--vhost-user", path]);
+    assert!(said.contains("6  hello.txt"), "{said}");
+    let source = directory.path().join("hello.txt");
+    succeed(
+        "block",
+        &[
+            "--vhost-user",
+            path,
+            "--copy-in",
+            source.to_str().unwrap(),
+            "again.txt",
+        ],
+    );
+    drop(daemon);
+    let said = succeed("block", &["--disk", &image]);
+    assert!(said.contains("6  again.txt"), "{said}");
 }
 
 #[test]
