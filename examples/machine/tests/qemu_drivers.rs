@@ -533,3 +533,74 @@ fn an_address_comes_by_dhcp_and_a_page_over_tcp() {
     assert!(received == page);
     server.join().unwrap();
 }
+
+#[test]
+fn interrupts_come_when_they_are_asked_for_and_are_acknowledged() {
+    use axdriver_base::InterruptCause;
+
+    let places = [
+        (VIRT, Bus::Mmio, Version::Modern),
+        (VIRT, Bus::Mmio, Version::Legacy),
+        (VIRT, Bus::Pci, Version::Modern),
+        (Q35, Bus::Pci, Version::Modern),
+    ];
+    for (machine, bus, version) in places {
+        if let Some(why) = QemuBoard::missing(machine) {
+            skip(&why);
+            continue;
+        }
+        for event_idx in ["on", "off"] {
+            let nic = Nic::on_cable().on(bus).property("event_idx", event_idx);
+            let options = QemuOptions::new(machine).mmio(version).nic(nic);
+            let mut board = QemuBoard::start(&options).unwrap();
+            let mut cable = board.take_cable(0).unwrap();
+            board.intercept_interrupts().unwrap();
+            let line = match bus {
+                Bus::Mmio => board.mmio_slots()[0].line,
+                Bus::Pci => board.pci_functions()[0].line,
+            };
+            let mut drivers = Drivers::probe::<16>(&board);
+            let nic = drivers.nics[0].as_mut();
+            let frame = pattern(0, 200);
+            for _ in 0..20 {
+                nic.disable_interrupts().unwrap();
+                while !nic.can_receive() {
+                    cable.send(&frame, LONG).unwrap();
+                    std::thread::yield_now();
+                }
+                while let Ok(buffer) = nic.receive() {
+                    nic.recycle_rx_buffer(buffer).unwrap();
+                }
+                let _ = nic.acknowledge_interrupt().unwrap();
+                // What came between the last look and here is said, and is not waited for.
+                if nic.enable_interrupts().unwrap() {
+                    continue;
+                }
+                cable.send(&frame, LONG).unwrap();
+                assert!(board.wait_for_interrupt(line, LONG).unwrap());
+                let cause = nic.acknowledge_interrupt().unwrap();
+                assert!(cause.contains(InterruptCause::USED_BUFFERS));
+                assert!(!board.interrupt_line(line).unwrap().asserted);
+                let buffer = nic.receive().unwrap();
+                assert_eq!(buffer.packet(), frame);
+                nic.recycle_rx_buffer(buffer).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn the_second_head_of_a_display_is_left_alone() {
+    need!(VIRT);
+    let display = Display::new(64, 48).property("max_outputs", "2");
+    let mut board = QemuBoard::start(&QemuOptions::new(VIRT).display(display)).unwrap();
+    let mut drivers = Drivers::probe::<4>(&board);
+    let display = drivers.displays[0].as_mut();
+    display.fb().as_bytes_mut().fill(0xff);
+    display.flush().unwrap();
+    assert_eq!(board.image(0, 0).unwrap().pixel(9, 9), Some([255; 4]));
+    // QEMU shows a message there, of any size.
+    if let Ok(image) = board.image(0, 1) {
+        assert!(image.rgba.iter().any(|&byte| byte != 255));
+    }
+}
