@@ -377,6 +377,8 @@ where
     for _ in 0..frames {
         traffic.send(MIN_FRAME_LEN)?;
         drop(traffic.comes_in(MIN_FRAME_LEN)?);
+        // At the latest now it is used again, also where there is no other.
+        nothing_to_receive_is_again(traffic.dev)?;
     }
     Ok(())
 }
