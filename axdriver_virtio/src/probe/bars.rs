@@ -99,13 +99,16 @@ impl<'a, C: ConfigurationAccess> Quiet<'a, C> {
 
     /// Finds out what the BAR number `bar` (less than [`BARS`]) is, and leaves it as it was.
     pub(crate) fn inspect(&mut self, bar: u8) -> Bar {
+        if self.is_upper_half(bar) {
+            return Bar::None;
+        }
         let low = Self::register(bar);
         let original = self.access.read_word(self.function, low);
-        let wide = original & 0b111 == 0b100;
         if original & 1 != 0 {
             return Bar::Io;
         }
-        if original & 0b110 == 0b110 || (wide && bar + 1 >= BARS) {
+        let wide = is_wide(original);
+        if (original & 0b110 != 0 && !wide) || (wide && bar + 1 >= BARS) {
             warn!("PCI {}: BAR {bar} is of a reserved type", self.function);
             return Bar::None;
         }
@@ -131,6 +134,17 @@ impl<'a, C: ConfigurationAccess> Quiet<'a, C> {
             size,
             wide,
         }
+    }
+
+    /// Returns whether `bar` is the upper half of the address of the one before, and no BAR of its
+    /// own whatever its bits look like.
+    fn is_upper_half(&self, bar: u8) -> bool {
+        let mut first = 0;
+        while first < bar {
+            let low = self.access.read_word(self.function, Self::register(first));
+            first += if is_wide(low) { 2 } else { 1 };
+        }
+        first != bar
     }
 
     /// Returns which bits of a register can be set, and restores it.
@@ -162,6 +176,11 @@ impl<C: ConfigurationAccess> Drop for Quiet<'_, C> {
     fn drop(&mut self) {
         self.write_command(self.command);
     }
+}
+
+/// Whether a BAR register says that it is of memory, with an address of 64 bits.
+const fn is_wide(register: u32) -> bool {
+    register & 0b111 == 0b100
 }
 
 /// Returns the two 16-bit words of a register, the lower first.

@@ -455,6 +455,10 @@ impl Drop for Bench {
 
 /// Gives back what drivers kept for devices that did not reset, so that the memory can go.
 pub fn release(memory: &Memory) {
+    let counters = memory.counters();
+    if (counters.pages_live, counters.bounces_live) == (0, 0) {
+        return;
+    }
     for page in (0..memory.size()).step_by(PAGE_SIZE) {
         let address = memory.base() + page as u64;
         let nothing = NonNull::slice_from_raw_parts(NonNull::dangling(), 0);

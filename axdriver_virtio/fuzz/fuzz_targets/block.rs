@@ -1,0 +1,5 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    axdriver_virtio_fuzz::scenario(bytes, axdriver_virtio_fuzz::block::run);
+});
