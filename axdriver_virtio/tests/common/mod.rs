@@ -134,14 +134,19 @@ impl Bench {
 
     /// Finds the device as an OS does.
     pub(crate) fn transport(&self) -> AnyTransport {
+        self.find().expect("the device is found")
+    }
+
+    /// Finds the device as an OS does, if it is fit for use.
+    pub(crate) fn find(&self) -> Option<AnyTransport> {
         match self.over {
             Over::Modern | Over::Legacy => {
                 let slot = self.board.mmio_slots()[0];
                 // SAFETY: the slot of this board, whose transport of before is not used any more.
                 let found = unsafe { probe_mmio_device(slot.pointer(), slot.size) };
-                found.expect("the device is found").1.into()
+                found.map(|(_, transport)| transport.into())
             }
-            Over::Pci => self.find_pci().expect("the device is found").into(),
+            Over::Pci => self.find_pci().map(Into::into),
         }
     }
 
