@@ -14,8 +14,9 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 //!
-//! Whatever a device says, what it does is honest where it counts: when a request is reported as done, with the status and
-//! length of success and under its own id, it has been done. So data may be checked whenever a driver says `Ok`.
+//! Whatever a device says, what it does is honest: a request whose status byte or response says success has been done, and
+//! only such a one. So the data of a block request may be checked whenever a driver says `Ok`. A frame carries no such proof:
+//! a driver has to believe an id and a length that might be true.
 
 use std::fmt;
 

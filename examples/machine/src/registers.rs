@@ -327,6 +327,20 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_is_inside_the_machine_during_an_access_only() {
+        struct Depth;
+        impl RegisterBus for Depth {
+            fn read(&self, _address: u64, _width: u8) -> u64 {
+                inside().into()
+            }
+            fn write(&self, _address: u64, _width: u8, _value: u64) {}
+        }
+        let machine = machine(Arc::new(Depth));
+        let _installed = machine.install();
+        assert_eq!((read(0, 4), inside()), (1, 0));
+    }
+
+    #[test]
     fn a_machine_can_be_installed_on_another_thread() {
         let machine = machine(Arc::new(Recorder::default()));
         let elsewhere = machine.clone();

@@ -1,7 +1,10 @@
 //! The emulated board, driven by virtio-drivers' own drivers: an independent reading of the other side.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use machine::emulated::status;
+mod common;
+
+use common::{Driver, NEXT, WRITE};
+use machine::emulated::{block_features, features, net_features, status};
 use machine::{
     Board, Cable, Device, Disk, Display, Entropy, Event, MachineHal, Nic, Peer, Version,
 };
@@ -400,6 +403,133 @@ fn events_tell_resets_from_frees_by_their_order() {
         .unwrap();
     assert!(reset.sequence < freed.sequence);
     assert_eq!(board.device(0).status(), 0);
+}
+
+#[test]
+fn a_link_that_goes_down_is_told_and_loses_frames() {
+    let nic = Nic::new(MAC);
+    let board = plug(Place::Modern, vec![Device::from(&nic)]);
+    let mut driver = Driver::new(&board, 0);
+    driver.start(!features::RING_EVENT_IDX, 2, 8);
+    assert_eq!(driver.read_width(0x106, 2), 1);
+    let generation = driver.read(0xfc);
+    nic.set_link(false);
+    assert!(board.interrupt_pending(0));
+    assert_eq!(driver.read(0x60), 2);
+    driver.write(0x64, 2);
+    assert!(!board.interrupt_pending(0));
+    assert_eq!(driver.read_width(0x106, 2), 0);
+    assert_ne!(driver.read(0xfc), generation);
+    nic.inject(&[1; 60]);
+    assert_eq!(nic.counters().dropped, 1);
+    driver.reset();
+    assert_eq!(ids(&board), [""; 0]);
+}
+
+#[test]
+fn a_driver_that_accepts_an_mtu_has_to_keep_to_it() {
+    let nic = Nic::new(MAC).mtu(3000);
+    let board = plug(Place::Modern, vec![Device::from(&nic)]);
+    let mut driver = Driver::new(&board, 0);
+    driver.start(!(features::RING_EVENT_IDX | net_features::MTU), 2, 8);
+    assert_eq!(driver.violations(), ["NET-06"]);
+    driver.queues.clear();
+    driver.reset();
+    driver.violations();
+    driver.start(!features::RING_EVENT_IDX, 2, 8);
+    let buffer = board.memory().buffer(8192).unwrap();
+    nic.inject(&[1; 60]);
+    driver.send(0, &[(buffer.address(), 2000, WRITE, 0)]);
+    assert_eq!(driver.violations(), ["NET-07"]);
+    driver.send(1, &[(buffer.address() + 4096, 12 + 14 + 3005, 0, 0)]);
+    assert_eq!(driver.violations(), ["NET-08"]);
+    driver.reset();
+}
+
+#[test]
+fn a_cache_that_is_switched_off_is_written_through() {
+    let disk = Disk::memory(1 << 16).with_cache_control();
+    let board = plug(Place::Modern, vec![Device::from(&disk)]);
+    let mut driver = Driver::new(&board, 0);
+    driver.start(!features::RING_EVENT_IDX, 1, 8);
+    assert_eq!(
+        board.device(0).accepted_features() & block_features::CONFIG_WCE,
+        block_features::CONFIG_WCE
+    );
+    let (buffer, _) = driver.block_read(0);
+    let at = buffer.address();
+    driver.put(at, 1_u64);
+    driver.put(at + 16, [5_u8; 32]);
+    let write = [(at, 16 + 512, NEXT, 1), (at + 1000, 1, WRITE, 0)];
+    driver.send(0, &write);
+    assert_eq!(disk.unflushed_sectors(), 1);
+    driver.write_width(0x120, 1, 0);
+    assert_eq!(disk.unflushed_sectors(), 0);
+    driver.put(at + 8, 1_u64);
+    driver.send(0, &write);
+    assert_eq!(disk.stable().unwrap()[512..544], [5; 32]);
+    driver.reset();
+    assert_eq!(ids(&board), [""; 0]);
+}
+
+#[test]
+fn functions_four_apart_share_an_interrupt_line() {
+    let disks: Vec<_> = (0..5).map(|_| Disk::memory(4096)).collect();
+    let board = plug(Place::Pci, disks.iter().map(Device::from).collect());
+    let lines: Vec<_> = board
+        .pci_functions()
+        .iter()
+        .map(|function| function.line)
+        .collect();
+    assert_eq!(lines[0], lines[4]);
+    assert_eq!(
+        lines[..4]
+            .iter()
+            .collect::<std::collections::HashSet<_>>()
+            .len(),
+        4
+    );
+    board.device(4).spurious_interrupt(1);
+    assert!(board.interrupt_pending(lines[0]));
+    assert_eq!(board.run(), [lines[0]]);
+}
+
+#[test]
+fn a_board_counts_what_costs() {
+    let board = plug(Place::Modern, vec![Device::from(Disk::memory(1 << 16))]);
+    let mut driver = VirtIOBlk::<MachineHal, _>::new(transport(&board, Place::Modern, 0)).unwrap();
+    let before = (board.machine().accesses(), board.memory().counters());
+    driver.read_blocks(0, &mut [0; 512]).unwrap();
+    let after = (board.machine().accesses(), board.memory().counters());
+    assert_eq!(after.0.writes - before.0.writes, 1, "a kick is one access");
+    assert_eq!(after.0.reads, before.0.reads);
+    assert_eq!(board.device(0).counters().kicks, [1]);
+    assert_eq!(board.device(0).counters().interrupts, 1);
+    // The request, the data, the status and the table of descriptors.
+    assert_eq!(after.1.bounces - before.1.bounces, 4);
+    // An allocation beyond the limit fails, and nothing is lost.
+    board.memory().set_page_limit(Some(after.1.pages_live));
+    let again = board.mmio_slots()[0].transport().unwrap();
+    assert!(VirtIOBlk::<MachineHal, _>::new(again).is_err());
+    drop(driver);
+    assert_eq!(board.memory().counters().pages_live, 0);
+}
+
+#[test]
+fn a_driver_may_live_on_another_thread() {
+    let board = plug(Place::Modern, vec![Device::from(Disk::memory(1 << 16))]);
+    let driver = VirtIOBlk::<MachineHal, _>::new(transport(&board, Place::Modern, 0)).unwrap();
+    let machine = board.machine().clone();
+    std::thread::spawn(move || {
+        let _installed = machine.install();
+        // It is dropped before the machine is gone from the thread.
+        let mut driver = driver;
+        driver.write_blocks(0, &[1; 512]).unwrap();
+    })
+    .join()
+    .unwrap();
+    assert_eq!(board.device(0).counters().completions, [1]);
+    assert_eq!(board.memory().counters().pages_live, 0);
 }
 
 fn ids(board: &Board) -> Vec<&'static str> {
