@@ -293,12 +293,12 @@ fn gen_11_a_capacity_that_changes_between_its_halves_is_read_again() {
         let mut once = true;
         let _tap = bench.tap(move |access| {
             if access.reads(config) && std::mem::take(&mut once) {
-                resized.resize(64 << 20);
+                resized.resize(4 << 20);
             }
             None
         });
         let driver = bench.disk();
-        assert_eq!(driver.num_blocks(), (64 << 20) / 512);
+        assert_eq!(driver.num_blocks(), (4 << 20) / 512);
         bench.assert_rules_kept();
     }
 }

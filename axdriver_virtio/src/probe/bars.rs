@@ -121,9 +121,10 @@ impl<'a, C: ConfigurationAccess> Quiet<'a, C> {
         } else if mask & 0xffff_ffff == 0 {
             mask = 0;
         }
-        // The size is the lowest bit that can be set; those above must all be settable.
+        // The size is the lowest bit that can be set; those above must all be settable, and those
+        // below are 0.
         let size = mask & mask.wrapping_neg();
-        if size == 0 || mask != !(size - 1) {
+        if size == 0 || mask != !(size - 1) || address & !mask != 0 {
             if mask != 0 {
                 warn!("PCI {}: BAR {bar} has no valid size", self.function);
             }

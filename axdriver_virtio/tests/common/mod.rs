@@ -92,7 +92,7 @@ pub(crate) fn numbered_disk() -> machine::Disk {
 #[cfg(feature = "block")]
 /// A policy whose waits are short, for devices that never answer.
 pub(crate) fn impatient() -> WaitPolicy {
-    WaitPolicy::new().with_max_polls(300)
+    WaitPolicy::new().with_max_polls(100)
 }
 
 thread_local! {
@@ -103,7 +103,7 @@ thread_local! {
 #[cfg(feature = "block")]
 /// A policy that lets the board of [`Bench::run_while_waiting`] go on between two looks.
 pub(crate) fn running() -> WaitPolicy {
-    WaitPolicy::new().with_max_polls(300).with_relax(|_| {
+    WaitPolicy::new().with_max_polls(100).with_relax(|_| {
         let board = RUNNING.with_borrow(Clone::clone);
         if let Some(board) = board {
             board.run();

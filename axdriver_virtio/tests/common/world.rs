@@ -143,7 +143,7 @@ impl World {
 
         self.nic.inject(&frame);
         self.bench.board.run();
-        for _ in 0..300 {
+        for _ in 0..80 {
             match nic.receive() {
                 Ok(buf) => {
                     let packet = buf.packet();
