@@ -18,7 +18,7 @@ use examples::{
     fat::{self, BlockStream},
     partition::{self, Partition, Scheme},
     report::{self, Table},
-    work,
+    say, work,
 };
 use machine::{
     Board, Disk, Installed, Machine, MachineHal, Memory,
@@ -168,7 +168,7 @@ fn drive(args: &Args) -> anyhow::Result<()> {
     if args.format {
         let mut stream = BlockStream::new(link.start()?)?;
         fat::format(&mut stream, "axdriver")?;
-        println!("formatted {}", path.display());
+        say!("formatted {}", path.display())?;
     }
     copy(&link, args)?;
     if args.copy_in.is_empty() && args.copy_out.is_empty() {
@@ -219,13 +219,13 @@ fn list(link: &Link, path: &Path) -> anyhow::Result<()> {
     } else {
         "writable"
     };
-    println!(
+    say!(
         "{}: {size}, {blocks} blocks of {block_size} bytes, {access}",
         path.display()
-    );
+    )?;
 
     let (scheme, partitions) = partition::read_table(&mut disk)?;
-    println!("{scheme}");
+    say!("{scheme}")?;
     if scheme == Scheme::Whole {
         let volume = print_volume(&mut BlockStream::new(disk)?, "the whole disk");
         return volume.with_context(|| {
@@ -254,7 +254,7 @@ fn list(link: &Link, path: &Path) -> anyhow::Result<()> {
             name.clone(),
         ]);
     }
-    print!("\n{table}");
+    say!("\n{}", table.to_string().trim_end())?;
     for Partition {
         number,
         first_block,
@@ -278,14 +278,13 @@ fn is_fat<D: BlockDriverOps>(stream: &mut BlockStream<D>) -> bool {
 /// Prints the files of a FAT file system.
 fn print_volume<D: BlockDriverOps>(stream: &mut BlockStream<D>, what: &str) -> anyhow::Result<()> {
     let (fat_type, entries) = fat::mounted(stream, |fs| Ok((fs.fat_type(), fat::list(fs)?)))?;
-    println!("\n{what}: {fat_type:?}");
-    print_files(&entries);
-    Ok(())
+    say!("\n{what}: {fat_type:?}")?;
+    print_files(&entries)
 }
 
-fn print_files(entries: &[fat::Entry]) {
+fn print_files(entries: &[fat::Entry]) -> anyhow::Result<()> {
     if entries.is_empty() {
-        println!("no files");
+        say!("no files")?;
     }
     let size = |entry: &fat::Entry| {
         entry
@@ -299,8 +298,9 @@ fn print_files(entries: &[fat::Entry]) {
         .unwrap_or(0);
     for entry in entries {
         let slash = if entry.size.is_none() { "/" } else { "" };
-        println!("{:>width$}  {}{slash}", size(entry), entry.path);
+        say!("{:>width$}  {}{slash}", size(entry), entry.path)?;
     }
+    Ok(())
 }
 
 /// Copies files as asked.
@@ -320,10 +320,10 @@ fn copy(link: &Link, args: &Args) -> anyhow::Result<()> {
             fat::write_file(fs, target, &mut file, &mut |bytes| bar.set_position(bytes))
         })?;
         bar.finish_and_clear();
-        println!(
+        say!(
             "copied {} to {target} on the disk, {copied} bytes",
             source.display()
-        );
+        )?;
     }
     for pair in args.copy_out.chunks_exact(2) {
         let (source, target) = (disk_path(&pair[0])?, &pair[1]);
@@ -348,10 +348,10 @@ fn copy(link: &Link, args: &Args) -> anyhow::Result<()> {
             bar.finish_and_clear();
             Ok(copied)
         })?;
-        println!(
+        say!(
             "copied {source} of the disk to {}, {copied} bytes",
             target.display()
-        );
+        )?;
     }
     Ok(())
 }
@@ -409,15 +409,15 @@ fn verify(link: &Link) -> anyhow::Result<()> {
         let start = Instant::now();
         work::verify(&mut disk, step, &mut |bytes| bar.set_position(bytes))?;
         bar.finish_and_clear();
-        println!(
+        say!(
             "{}: {}, {}",
             step.name(),
             report::size(bytes),
             report::rate(bytes, start.elapsed())
-        );
+        )?;
         drop(disk);
         disk = link.start()?;
     }
-    println!("all {} blocks hold what was written", disk.num_blocks());
+    say!("all {} blocks hold what was written", disk.num_blocks())?;
     Ok(())
 }

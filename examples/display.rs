@@ -10,7 +10,7 @@ use examples::{
     board::{self, Map, Transport},
     image::Image,
     picture::TestCard,
-    report, work,
+    report, say, work,
 };
 use machine::{Board, Display};
 
@@ -82,14 +82,14 @@ fn show(args: &Args) -> anyhow::Result<()> {
         .context("the display is not found on the board")?;
     let mut display = map.start_display(found.place)?;
     let info = display.info();
-    println!(
+    say!(
         "{} over {} at {}: {} x {} pixels",
         display.device_name(),
         found.transport,
         found.place,
         info.width,
         info.height
-    );
+    )?;
     match &image {
         Some(image) => work::draw(display.as_mut(), image)?,
         None => {
@@ -113,6 +113,6 @@ fn show(args: &Args) -> anyhow::Result<()> {
             .with_context(|| format!("cannot create {}", directory.display()))?;
     }
     shown.save(&args.out)?;
-    println!("{}", args.out.display());
+    say!("{}", args.out.display())?;
     Ok(())
 }

@@ -16,6 +16,7 @@ use examples::{
     http,
     peer::Peer,
     report::{self, Table},
+    say,
     stack::Stack,
     time::{SimulatedClock, Time},
     work,
@@ -185,7 +186,7 @@ fn drive(args: &Args) -> anyhow::Result<()> {
             DeviceType::Block => drive_disk(&map, found.place, line),
             _ => drive_nic(&map, found.place, line, clock.clone()),
         };
-        println!("{name}: {}", done?);
+        say!("{name}: {}", done?)?;
     }
     let requests = disk.counters();
     let frames = nic.counters();
@@ -258,14 +259,14 @@ fn summarize(requests: u64, frames: u64) -> anyhow::Result<()> {
                 interrupts.to_string(),
             ]);
         }
-        println!("\n{table}");
+        say!("\n{table}")?;
         let (sleeps, timers, vain) = (
             processor.sleeps.get(),
             processor.timers.get(),
             processor.looks_in_vain.get(),
         );
-        println!("the processor slept {sleeps} times, and was woken by a timer {timers} times");
-        println!("looks at a device that was not done: {vain}");
+        say!("the processor slept {sleeps} times, and was woken by a timer {timers} times")?;
+        say!("looks at a device that was not done: {vain}")?;
         ensure!(vain == 0, "a driver polled");
         Ok(())
     })

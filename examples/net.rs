@@ -15,6 +15,7 @@ use examples::{
     board::{Map, Transport},
     http,
     report::{self, Durations},
+    say,
     stack::Stack,
     tap::Tap,
     time::{HostClock, SimulatedClock, Time},
@@ -96,12 +97,12 @@ fn start_stacks<T: Time>(
     for found in map.probe() {
         let nic = map.start_nic(found.place)?;
         let mac = nic.mac_address();
-        println!(
+        say!(
             "{} over {} at {}: {mac}",
             nic.device_name(),
             found.transport,
             found.place
-        );
+        )?;
         stacks.push(Stack::new(SmoltcpDevice::new(nic), mac.0, time()));
     }
     Ok(stacks)
@@ -158,7 +159,7 @@ fn measure(args: &Args) -> anyhow::Result<()> {
             here.ping(THERE, len)?;
             times.add_since(start);
         }
-        println!("{} pings of {len} bytes: {times}", args.pings);
+        say!("{} pings of {len} bytes: {times}", args.pings)?;
     }
 
     let bytes = u64::from(args.fetch) << 20;
@@ -178,12 +179,12 @@ fn measure(args: &Args) -> anyhow::Result<()> {
     let (counters, accesses) = (one.counters(), board.machine().accesses());
     let frames = counters.sent - before.0.sent + counters.received - before.0.received;
     let writes = accesses.writes - before.1.writes;
-    println!(
+    say!(
         "{} over TCP: {}; {frames} frames, {writes} register writes, {} frames dropped",
         report::size(received),
         report::rate(received, elapsed),
         counters.dropped
-    );
+    )?;
     Ok(())
 }
 
@@ -251,10 +252,10 @@ fn serve_tap(args: &Args, name: &str) -> anyhow::Result<()> {
         .context("the NIC is not found")?;
     stack.set_address(args.address, None)?;
     stack.serve(PAGE);
-    println!(
+    say!(
         "answering pings and http://{}/ on {name}; the host needs an address in that network",
         args.address.address()
-    );
+    )?;
 
     let end = args
         .seconds
@@ -264,7 +265,7 @@ fn serve_tap(args: &Args, name: &str) -> anyhow::Result<()> {
         stack.turn();
         if stack.served() > served {
             served = stack.served();
-            println!("served {served} pages");
+            say!("served {served} pages")?;
         }
         let error = peer
             .lock()
@@ -276,10 +277,10 @@ fn serve_tap(args: &Args, name: &str) -> anyhow::Result<()> {
             ensure!(error.raw_os_error() == Some(libc::EIO), "{name}: {error}");
         }
     }
-    println!(
+    say!(
         "{} frames sent, {} received",
         nic.counters().sent,
         nic.counters().received
-    );
+    )?;
     Ok(())
 }

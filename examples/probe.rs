@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use examples::{
     board::{BoardKind, Variant},
-    registers, report,
+    registers, report, say,
 };
 
 /// Prints what the virtio devices of a board say of themselves. No driver is started, no status is written.
@@ -32,9 +32,9 @@ fn probe(kind: BoardKind) -> anyhow::Result<()> {
         let board = kind.start(variant, b"")?;
         let map = board.map();
         let found = map.probe();
-        println!("{}: {} devices\n", board.title(), found.len());
+        say!("{}: {} devices\n", board.title(), found.len())?;
         for device in found {
-            println!("{}", registers::describe(&map, &device)?);
+            say!("{}", registers::describe(&map, &device)?)?;
         }
     }
     Ok(())

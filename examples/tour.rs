@@ -12,7 +12,7 @@ use examples::{
     image::Image,
     picture::TestCard,
     report::{self, Table},
-    work,
+    say, work,
 };
 
 /// Finds virtio devices over MMIO and PCI, and has them do real work: files on the disks, a page over the NICs, a picture
@@ -58,8 +58,8 @@ fn tour(args: &Args) -> anyhow::Result<()> {
         .unwrap_or(0);
     for (device, result) in &summary {
         match result {
-            Ok(()) => println!("{device:width$}  ok"),
-            Err(error) => println!("{device:width$}  FAILED: {error:#}"),
+            Ok(()) => say!("{device:width$}  ok")?,
+            Err(error) => say!("{device:width$}  FAILED: {error:#}")?,
         }
     }
     ensure!(failed == 0, "{failed} of {} devices failed", summary.len());
@@ -92,7 +92,7 @@ fn visit(board: &mut dyn Board, args: &Args, summary: &mut Vec<Outcome>) -> anyh
             Err(error) => summary.push((format!("{kind} over {name}"), Err(error))),
         }
     }
-    println!("{}\n\n{table}", board.title());
+    say!("{}\n\n{table}", board.title())?;
     for device in devices {
         let name = format!("{} over {}", kind(device.device_type), device.transport);
         let start = Instant::now();
@@ -102,7 +102,7 @@ fn visit(board: &mut dyn Board, args: &Args, summary: &mut Vec<Outcome>) -> anyh
             _ => show(board, &map, &device, args),
         };
         if let Ok(done) = &result {
-            println!("{name}: {done} ({:.0?})", start.elapsed());
+            say!("{name}: {done} ({:.0?})", start.elapsed())?;
         }
         summary.push((name, result.map(drop)));
     }
@@ -113,7 +113,7 @@ fn visit(board: &mut dyn Board, args: &Args, summary: &mut Vec<Outcome>) -> anyh
             Err(anyhow!(complaints.join("; "))),
         ));
     }
-    println!();
+    say!("")?;
     Ok(())
 }
 

@@ -1,19 +1,57 @@
 //! What programs print: tables, sizes, errors, and what the drivers log.
 
 use std::{
-    fmt::Write as _,
+    fmt::{self, Write as _},
+    io::{self, Write as _},
     process::ExitCode,
     time::{Duration, Instant},
 };
 
+use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// Prints a line to the standard output.
+///
+/// As `println!`, but a reader that has seen enough ends the program in an orderly way: `probe | head -1` is no failure.
+#[macro_export]
+macro_rules! say {
+    ($($argument:tt)*) => {
+        $crate::report::say(format_args!($($argument)*))
+    };
+}
+
+/// Nobody reads what the program prints any more.
+#[derive(Debug, Clone, Copy, Eq, PartialEq)]
+pub struct ReaderGone;
+
+impl fmt::Display for ReaderGone {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the standard output is closed")
+    }
+}
+
+impl std::error::Error for ReaderGone {}
+
+/// Prints a line to the standard output; `say!` is the macro for it.
+///
+/// # Errors
+///
+/// * [`ReaderGone`]: the other end of a pipe was closed.
+/// * Whatever the host says of the file that the output goes to.
+pub fn say(line: fmt::Arguments<'_>) -> anyhow::Result<()> {
+    match writeln!(io::stdout(), "{line}") {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(ReaderGone.into()),
+        result => result.context("cannot print"),
+    }
+}
 
 /// Runs a program, and says on the standard error what it failed of.
 ///
-/// Returns 0 on success and 1 on failure.
+/// Returns 0 on success and 1 on failure. A reader of the standard output that has gone is no failure.
 pub fn run(program: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     match program() {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<ReaderGone>() => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -253,3 +253,65 @@ pub fn draw<D: DisplayDriverOps + ?Sized>(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use axdriver_block::ramdisk::RamDisk;
+    use axdriver_display::{DisplayInfo, memory::MemoryDisplay};
+    use embedded_graphics::prelude::{Point, Size};
+
+    use super::*;
+    use crate::{image::Image, picture::TestCard};
+
+    #[test]
+    fn what_is_drawn_is_in_the_framebuffer_pixel_by_pixel() {
+        let mut display = MemoryDisplay::new(120, 90).unwrap();
+        let card = TestCard {
+            title: "a",
+            detail: "b",
+        };
+        draw(&mut display, &card).unwrap();
+        let mut expected = Image::new(120, 90).unwrap();
+        card.draw(&mut expected).unwrap();
+        let DisplayInfo { width, height, .. } = display.info();
+        assert_eq!(Size::new(width, height), Size::new(120, 90));
+        let canvas = Canvas::of(&mut display).unwrap();
+        for y in 0..90 {
+            for x in 0..120 {
+                let shown = canvas
+                    .pixel(x, y)
+                    .map(|color| Rgb888::new(color.r, color.g, color.b));
+                assert_eq!(
+                    shown,
+                    expected.pixel(x, y),
+                    "{:?}",
+                    Point::new(x.cast_signed(), y.cast_signed())
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_disk_of_any_odd_size_is_filled_and_checked_to_its_last_block() {
+        for blocks in [0, 1, 255, 256, 257, 1000] {
+            let mut disk = RamDisk::new(blocks * 512);
+            let mut seen = 0;
+            verify(&mut disk, Step::Fill, &mut |bytes| seen = bytes).unwrap();
+            assert_eq!(seen, blocks as u64 * 512);
+            verify(&mut disk, Step::Check, &mut |_| {}).unwrap();
+            if let Some(last) = disk.last_mut() {
+                *last ^= 1;
+                assert!(verify(&mut disk, Step::Check, &mut |_| {}).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn files_that_were_not_kept_are_missed() {
+        // Each start gives another disk: nothing of the first one is on the second.
+        let mut start = || Ok(RamDisk::new(4 << 20));
+        assert!(keep_files(&mut start).is_err());
+        let mut small = || Ok(RamDisk::new(64 * 1024));
+        assert!(keep_files(&mut small).is_err());
+    }
+}

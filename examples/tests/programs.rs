@@ -5,7 +5,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Output},
+    process::{Child, Command, Output, Stdio},
 };
 
 use embedded_graphics::{Drawable, pixelcolor::Rgb888, prelude::RgbColor};
@@ -90,6 +90,22 @@ fn each_program_explains_itself_and_refuses_what_it_does_not_know() {
         assert!(succeed(name, &["--help"]).contains("Usage:"));
         assert!(fail(name, &["--no-such-option"]).contains("--no-such-option"));
     }
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_failure() {
+    let mut probe = Command::new(program("probe"));
+    let mut child = probe
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(
+        (ended.status.code(), ended.stderr.as_slice()),
+        (Some(0), &b""[..])
+    );
 }
 
 #[test]
