@@ -164,14 +164,18 @@ fn contracts_hold_where_devices_ask_for_platform_addresses() {
 #[test]
 fn contracts_hold_with_disk_queues_of_4_to_1024() {
     need!(VIRT);
-    for bus in [Bus::Mmio, Bus::Pci] {
-        for size in [4, 8, 16, 32, 64, 128, 256, 512, 1024] {
+    let sizes: [(_, &[u32]); 2] = [
+        (Bus::Mmio, &[4, 8, 16, 32, 64, 128, 256, 512, 1024]),
+        (Bus::Pci, &[4, 16, 1024]),
+    ];
+    for (bus, sizes) in sizes {
+        for size in sizes {
             let image = Scratch::image(&format!("disk-queue-{bus:?}"), 1 << 20);
             let disk = Disk::new(&image.0, ImageFormat::Raw)
                 .on(bus)
                 .property("queue-size", &size.to_string());
             let options = QemuOptions::new(VIRT).disk(disk);
-            contracts_of::<64>(&options, &[("queue-size", "")]);
+            contracts_of::<64>(&options, &[("queue-size", &size.to_string())]);
         }
     }
 }
@@ -214,7 +218,7 @@ fn contracts_hold_without_the_features_that_devices_may_lack() {
         .disk(Disk::null(1 << 20).read_only())
         .nic(nic)
         .display(display);
-    contracts_of::<64>(&options, &[("plain", "")]);
+    contracts_of::<64>(&options, &[]);
 }
 
 fn random_writes_reach_the_image(machine: QemuMachine, bus: Bus, version: Version) {

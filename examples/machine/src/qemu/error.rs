@@ -160,14 +160,8 @@ impl fmt::Display for QemuError {
     }
 }
 
-impl std::error::Error for QemuError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            Self::Host(error) => Some(error),
-            _ => None,
-        }
-    }
-}
+/// Without a source: what the operating system says is a part of the line.
+impl std::error::Error for QemuError {}
 
 impl From<io::Error> for QemuError {
     fn from(error: io::Error) -> Self {

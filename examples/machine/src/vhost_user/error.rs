@@ -80,15 +80,8 @@ impl fmt::Display for VhostUserError {
     }
 }
 
-impl std::error::Error for VhostUserError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            Self::NotListening { source, .. } => Some(source),
-            Self::Host(error) => Some(error),
-            _ => None,
-        }
-    }
-}
+/// Without a source: what the operating system says is a part of the line.
+impl std::error::Error for VhostUserError {}
 
 impl From<io::Error> for VhostUserError {
     fn from(error: io::Error) -> Self {

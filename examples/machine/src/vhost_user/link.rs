@@ -87,10 +87,10 @@ impl Shared {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the connection, if it has not ended yet.
+    /// Ends the connection, if it has not ended yet and is not being ended from this side.
     fn lose(&self, loss: Loss) {
         let mut watched = self.lock();
-        if watched.loss.is_none() {
+        if watched.loss.is_none() && !watched.closing {
             log::warn!("{}", loss.as_error());
             watched.loss = Some(loss);
             // Whoever waits for an answer wakes up. A socket that is closed already is fine too.
@@ -416,6 +416,14 @@ mod tests {
         wait_for(|| link.loss().is_some());
         assert!(matches!(link.loss(), Some(Loss::Wrong { .. })));
         assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_connection_that_is_ended_from_this_side_is_no_news() {
+        let (link, mut theirs, _requests, news) = link();
+        drop(link);
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+        assert!(news.event.read().is_err());
     }
 
     #[test]
