@@ -74,7 +74,9 @@ impl TimeSource for NoCalendar {
 /// * [`Error::Wrong`]: the file system is none, or what was read is not what was written.
 pub(crate) fn work(disk: &mut dyn BlockDriverOps) -> Result<String> {
     compare_reads(disk)?;
-    let content: Vec<u8> = (0..LENGTH).map(|index| (index * index / 7) as u8).collect();
+    let content: Vec<u8> = (0..LENGTH)
+        .map(|index| (index * index / 7).to_le_bytes()[0])
+        .collect();
     let theirs = read_file(disk, THEIRS)?;
     write_file(disk, OURS, &content)?;
     disk.flush()

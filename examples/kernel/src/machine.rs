@@ -46,6 +46,7 @@ impl Boot {
 }
 
 /// Who tells what the machine consists of.
+#[expect(dead_code, reason = "each architecture has one of them")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Description {
     /// A device tree.

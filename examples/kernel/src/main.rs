@@ -29,6 +29,10 @@ mod paging;
 #[path = "../../src/picture.rs"]
 mod picture;
 mod registers;
+#[cfg_attr(
+    target_arch = "x86_64",
+    expect(dead_code, reason = "this architecture's machines have none")
+)]
 mod tree;
 
 use alloc::{format, string::String, vec::Vec};
@@ -36,7 +40,7 @@ use alloc::{format, string::String, vec::Vec};
 use axdriver_base::BaseDriverOps;
 
 use arch::{Arch, Architecture, PageTables};
-use devices::{Device, Devices, Reconfigure};
+use devices::{Device, Devices};
 
 use error::{Error, Result};
 use machine::{Boot, Description, Machine};

@@ -46,7 +46,7 @@ pub(crate) fn work(nic: &mut (dyn Nic + 'static), source: usize) -> Result<Strin
     let mut device = SmoltcpDevice::new(nic);
     let mut config = Config::new(address.into());
     // Spreads sequence numbers; a kernel with a source of randomness takes that.
-    config.random_seed = Arch::now().as_nanos() as u64;
+    config.random_seed = Arch::now().subsec_nanos().into();
     let interface = Interface::new(config, &mut device, now());
     let mut host = Host {
         device,

@@ -9,7 +9,7 @@ use core::ptr::NonNull;
 
 use spin::Mutex;
 
-use crate::arch::{Arch, Page, PageTables};
+use crate::arch::{Arch, Page, PageTables, word};
 use crate::error::{Error, Result};
 use crate::frames::{self, FRAME};
 
@@ -17,8 +17,7 @@ use crate::frames::{self, FRAME};
 ///
 /// The address can be used as long as the memory at `physical` is the caller's.
 pub(crate) fn memory_at(physical: u64) -> *mut u8 {
-    // Physical addresses of memory fit; see `DIRECT_MAP` of each architecture.
-    core::ptr::with_exposed_provenance_mut(Arch::DIRECT_MAP + physical as usize)
+    core::ptr::with_exposed_provenance_mut(Arch::DIRECT_MAP + word(physical))
 }
 
 /// Shows the frame at `physical` at the virtual address `page`.
@@ -107,7 +106,7 @@ struct Registers {
 ///
 /// * [`Error::Memory`]: there is no frame for a table, or no virtual address left.
 pub(crate) fn map_registers(physical: u64, size: usize) -> Result<NonNull<u8>> {
-    let offset = (physical % FRAME as u64) as usize;
+    let offset = word(physical) % FRAME;
     let first = physical - offset as u64;
     let full = size
         .checked_add(offset)
@@ -117,7 +116,7 @@ pub(crate) fn map_registers(physical: u64, size: usize) -> Result<NonNull<u8>> {
     let mut registers = REGISTERS.lock();
     for range in registers.iter() {
         if first >= range.physical && first - range.physical + full as u64 <= range.size as u64 {
-            let inside = (first - range.physical) as usize + offset;
+            let inside = word(first - range.physical) + offset;
             return at(range.page + inside);
         }
     }

@@ -62,6 +62,7 @@ impl Registers {
     }
 
     /// Reads the register at an offset in bytes.
+    #[cfg(not(target_arch = "x86_64"))]
     pub(crate) fn read(&self, offset: usize) -> u32 {
         // SAFETY: the register lies in the mapping, and `new`'s caller promises that this is safe.
         unsafe { self.register::<u32>(offset).read_volatile() }

@@ -9,7 +9,7 @@ use core::time::Duration;
 
 use spin::Once;
 
-use super::{Architecture, Page, PageTables, TICK};
+use super::{Architecture, Page, PageTables, TICKS_PER_SECOND, counted_time};
 use crate::error::{Error, Result};
 use crate::machine::Boot;
 use crate::registers::Registers;
@@ -177,7 +177,7 @@ fn counter() -> (u64, u64) {
 
 /// Asks for the next tick, and so takes the request for the last one back.
 fn start_tick() {
-    let interval = counter().1 * TICK.as_millis() as u64 / 1000;
+    let interval = counter().1 / TICKS_PER_SECOND;
     // SAFETY: the timer does nothing but interrupt, and that is handled.
     unsafe {
         asm!("msr cntv_tval_el0, {}", "msr cntv_ctl_el0, {}", "isb", in(reg) interval, in(reg) 1_u64,
@@ -246,8 +246,7 @@ impl Architecture for Arch {
 
     fn now() -> Duration {
         let (count, hertz) = counter();
-        Duration::from_secs(count / hertz)
-            + Duration::from_nanos(count % hertz * 1_000_000_000 / hertz)
+        counted_time(count, hertz)
     }
 
     fn start_interrupts(tree: Option<&Tree<'_>>) -> Result {

@@ -9,7 +9,7 @@ use core::time::Duration;
 
 use spin::Once;
 
-use super::{Architecture, Page, PageTables, TICK};
+use super::{Architecture, Page, PageTables, TICKS_PER_SECOND, counted_time, word};
 use crate::error::{Error, Result};
 use crate::machine::Boot;
 use crate::registers::Registers;
@@ -208,7 +208,7 @@ fn counter() -> u64 {
 
 /// Returns where an 8-bit register of the board is seen.
 fn register(physical: u64) -> *mut u8 {
-    core::ptr::with_exposed_provenance_mut((WINDOW + physical) as usize)
+    core::ptr::with_exposed_provenance_mut(word(WINDOW + physical))
 }
 
 #[unsafe(no_mangle)]
@@ -233,11 +233,12 @@ extern "C" fn loongarch64_trapped(status: u64, pc: u64, address: u64) {
         interrupts::tick();
     }
     if status & HARDWARE != 0 {
-        for group in 0..u64::from(PIC_LINES / 32) {
-            let pending = read_iocsr(EIO_PENDING + 4 * group);
+        for group in 0..PIC_LINES / 32 {
+            let register = EIO_PENDING + u64::from(4 * group);
+            let pending = read_iocsr(register);
             for bit in (0..32).filter(|bit| pending & 1 << bit != 0) {
-                interrupts::handle(32 * group as u32 + bit);
-                write_iocsr(EIO_PENDING + 4 * group, 1 << bit);
+                interrupts::handle(32 * group + bit);
+                write_iocsr(register, 1 << bit);
             }
         }
     }
@@ -264,9 +265,7 @@ impl Architecture for Arch {
     }
 
     fn now() -> Duration {
-        let (count, hertz) = (counter(), hertz());
-        Duration::from_secs(count / hertz)
-            + Duration::from_nanos(count % hertz * 1_000_000_000 / hertz)
+        counted_time(counter(), hertz())
     }
 
     fn start_interrupts(tree: Option<&Tree<'_>>) -> Result {
@@ -289,7 +288,7 @@ impl Architecture for Arch {
             write_iocsr(EIO_ROUTE + register, 0x0101_0101);
         }
         // The timer: on, again and again; the two lowest bits of the count are 0.
-        let interval = hertz() * TICK.as_millis() as u64 / 1000;
+        let interval = hertz() / TICKS_PER_SECOND;
         write_csr::<TCFG>(interval & !3 | 3);
         write_csr::<ECFG>(HARDWARE | TIMER);
         Self::unmask_interrupts();
@@ -301,7 +300,7 @@ impl Architecture for Arch {
             return;
         };
         let (half, bit) = (line as usize / 32 * 4, 1 << (line % 32));
-        pic.write_u8(PIC_VECTOR + line as usize, line as u8);
+        pic.write_u8(PIC_VECTOR + line as usize, line.to_le_bytes()[0]);
         let group = EIO_ENABLE + u64::from(line / 32 * 4);
         let (lines, mask) = (read_iocsr(group), pic.read(PIC_MASK + half));
         write_iocsr(group, if enabled { lines | bit } else { lines & !bit });

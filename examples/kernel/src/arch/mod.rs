@@ -24,7 +24,7 @@ pub(crate) trait Architecture {
     fn now() -> Duration;
 
     /// Sets up the clock, the trap entry, the interrupt controller with every line masked, and a
-    /// tick of [`TICK`]; then unmasks interrupts at the processor.
+    /// tick, [`TICKS_PER_SECOND`]; then unmasks interrupts at the processor.
     ///
     /// # Errors
     ///
@@ -92,8 +92,24 @@ pub(crate) enum Page {
     Registers,
 }
 
-/// The time between two interrupts of the clock.
-pub(crate) const TICK: Duration = Duration::from_millis(10);
+/// Returns a number as a word of the processor's, which is as long on all architectures here.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a word has 64 bits, as asserted below"
+)]
+pub(crate) const fn word(value: u64) -> usize {
+    value as usize
+}
+const _: () = assert!(usize::BITS == u64::BITS);
+
+/// How often the clock interrupts in a second.
+const TICKS_PER_SECOND: u64 = 100;
+
+/// Returns the time that a counter shows which counts `hertz`, not 0, in a second.
+fn counted_time(count: u64, hertz: u64) -> Duration {
+    // Seconds and the rest apart, so that nothing overflows.
+    Duration::from_secs(count / hertz) + Duration::from_nanos(count % hertz * 1_000_000_000 / hertz)
+}
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;

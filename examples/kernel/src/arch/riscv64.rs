@@ -9,9 +9,9 @@ use core::time::Duration;
 
 use spin::Once;
 
-use super::{Architecture, Page, PageTables, TICK};
+use super::{Architecture, Page, PageTables, TICKS_PER_SECOND, counted_time, word};
 use crate::error::{Error, Result};
-use crate::machine::{Boot, Description};
+use crate::machine::Boot;
 use crate::registers::Registers;
 use crate::tree::{self, Tree};
 use crate::{interrupts, paging, println};
@@ -169,8 +169,8 @@ fn counter() -> u64 {
 
 /// Asks for the next tick, and so takes the request for the last one back.
 fn start_tick() {
-    let next = counter() + HERTZ.load(Ordering::Relaxed) * TICK.as_millis() as u64 / 1000;
-    sbi(SBI_TIMER, 0, next as usize, 0);
+    let next = counter() + HERTZ.load(Ordering::Relaxed) / TICKS_PER_SECOND;
+    sbi(SBI_TIMER, 0, word(next), 0);
 }
 
 #[unsafe(no_mangle)]
@@ -224,9 +224,7 @@ impl Architecture for Arch {
     }
 
     fn now() -> Duration {
-        let (hertz, count) = (HERTZ.load(Ordering::Relaxed), counter());
-        Duration::from_secs(count / hertz)
-            + Duration::from_nanos(count % hertz * 1_000_000_000 / hertz)
+        counted_time(counter(), HERTZ.load(Ordering::Relaxed))
     }
 
     fn start_interrupts(tree: Option<&Tree<'_>>) -> Result {

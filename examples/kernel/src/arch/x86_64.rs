@@ -10,7 +10,7 @@ use core::time::Duration;
 
 use spin::Mutex;
 
-use super::{Architecture, Page, PageTables, TICK};
+use super::{Architecture, Page, PageTables, TICKS_PER_SECOND, counted_time};
 use crate::error::{Error, Result};
 use crate::machine::{Boot, Description};
 use crate::registers::Registers;
@@ -230,8 +230,8 @@ const ELCR: u16 = 0x4d0;
 const FIRST_VECTOR: u8 = 32;
 /// The lines that are edge triggered whatever is asked: the timer, the keyboard, the cascade, the clock, the coprocessor.
 const EDGE_LINES: u32 = 0x2107;
-/// The frequency of the 8254, in hertz.
-const PIT_HERTZ: u64 = 1_193_182;
+/// What the 8254 counts in 10 ms, at 1,193,182 Hz.
+const PIT_COUNT: u16 = 11932;
 /// QEMU's `isa-debug-exit`: writing v ends it with the status (v << 1) | 1.
 const EXIT: u16 = 0xf4;
 
@@ -324,7 +324,7 @@ extern "C" fn x86_64_start(start_info: u32) -> ! {
         let first = paging::memory_at(info.command_line).cast_const();
         let mut length = 0;
         // SAFETY: a string lies there that ends with 0, and this stops at the 0.
-        while length < 4096 && unsafe { first.add(length).read() } != 0 {
+        while length < 4096 && unsafe { first.wrapping_add(length).read() } != 0 {
             length += 1;
         }
         // SAFETY: those bytes were just read, and nothing writes them: they are not in `memory`
@@ -360,8 +360,8 @@ extern "C" fn x86_64_exception(frame: &ExceptionFrame) -> ! {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn x86_64_interrupt(vector: u64) {
-    let line = (vector as u8).wrapping_sub(FIRST_VECTOR);
+extern "C" fn x86_64_interrupt(vector: u8) {
+    let line = vector.wrapping_sub(FIRST_VECTOR);
     let controller = usize::from(line / 8) & 1;
     // Lines 7 and 15 also stand for an interrupt that went away: then it is not in service.
     if line % 8 == 7 {
@@ -431,20 +431,17 @@ impl Architecture for Arch {
 
     fn now() -> Duration {
         let per_tick = CYCLES_PER_TICK.load(Ordering::Relaxed);
-        let cycles = cycles();
-        // Whole ticks and the rest apart, so that nothing overflows.
-        TICK * u32::try_from(cycles / per_tick).unwrap_or(u32::MAX)
-            + Duration::from_nanos(cycles % per_tick * 10_000_000 / per_tick)
+        counted_time(cycles(), per_tick.saturating_mul(TICKS_PER_SECOND))
     }
 
     fn start_interrupts(_: Option<&Tree<'_>>) -> Result {
         // Channel 0 of the 8254 counts 10 ms down, once; then its output, bit 7 of the status that a
         // read-back command asks for, is high.
-        let count = PIT_HERTZ / 100;
+        let [low, high] = PIT_COUNT.to_le_bytes();
         write_port(0x43, 0x30);
-        write_port(0x40, count as u8);
+        write_port(0x40, low);
         let start = cycles();
-        write_port(0x40, (count >> 8) as u8);
+        write_port(0x40, high);
         loop {
             write_port(0x43, 0xe2);
             if read_port(0x40) & 0x80 != 0 {
@@ -455,12 +452,13 @@ impl Architecture for Arch {
 
         load_gates();
         // ICW1 to ICW4: edge triggered but for the ELCR, vectors 32 to 47, the second behind line 2.
-        for (index, (command, data)) in PIC.into_iter().enumerate() {
+        let settings = [(FIRST_VECTOR, 4, 0xfa), (FIRST_VECTOR + 8, 2, 0xff)];
+        for ((command, data), (vector, cascade, mask)) in PIC.into_iter().zip(settings) {
             write_port(command, 0x11);
-            write_port(data, FIRST_VECTOR + 8 * index as u8);
-            write_port(data, if index == 0 { 4 } else { 2 });
+            write_port(data, vector);
+            write_port(data, cascade);
             write_port(data, 1);
-            write_port(data, if index == 0 { 0xfa } else { 0xff });
+            write_port(data, mask);
         }
         // Where no firmware has done so: the local APIC passes the controllers' interrupts on (ExtINT).
         // SAFETY: every x86-64 processor has its local APIC there, and these values send nothing.
@@ -469,8 +467,8 @@ impl Architecture for Arch {
         apic.write(APIC_LINT0, 0x700);
         // Channel 0 of the 8254: a pulse every tick.
         write_port(0x43, 0x34);
-        write_port(0x40, count as u8);
-        write_port(0x40, (count >> 8) as u8);
+        write_port(0x40, low);
+        write_port(0x40, high);
         Self::unmask_interrupts();
         Ok(())
     }
@@ -479,7 +477,7 @@ impl Architecture for Arch {
         if line > 15 {
             return;
         }
-        let (half, bit) = ((line / 8) as u16, 1 << (line % 8));
+        let (half, bit) = (u16::from(line > 7), 1 << (line % 8));
         if EDGE_LINES & 1 << line == 0 {
             write_port(ELCR + half, read_port(ELCR + half) | bit);
         }

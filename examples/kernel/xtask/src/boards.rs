@@ -15,6 +15,8 @@ pub(crate) struct Board {
     pub(crate) pci: bool,
     /// Whether the kernel is told the command line.
     pub(crate) command_line: bool,
+    /// Whether a line that stays asserted interrupts again, as it should. QEMU 7.2's PLIC forgets to.
+    pub(crate) level: bool,
     /// QEMU's exit status when the kernel says that all is well, and when it says that it is not.
     pub(crate) status: (i32, i32),
 }
@@ -38,6 +40,7 @@ pub(crate) const BOARDS: &[Board] = &[
         machine: &["-M", "q35", "-cpu", "max", "-m", "256M", "-device", PC_EXIT],
         pci: true,
         command_line: true,
+        level: true,
         status: PC_STATUS,
     },
     Board {
@@ -58,6 +61,7 @@ pub(crate) const BOARDS: &[Board] = &[
         ],
         pci: false,
         command_line: true,
+        level: true,
         status: PC_STATUS,
     },
     Board {
@@ -78,6 +82,7 @@ pub(crate) const BOARDS: &[Board] = &[
         ],
         pci: false,
         command_line: true,
+        level: true,
         status: (0, 1),
     },
     Board {
@@ -96,6 +101,7 @@ pub(crate) const BOARDS: &[Board] = &[
         ],
         pci: true,
         command_line: true,
+        level: true,
         status: (0, 1),
     },
     Board {
@@ -105,6 +111,7 @@ pub(crate) const BOARDS: &[Board] = &[
         machine: &["-M", "virt", "-m", "256M", "-global", LEGACY],
         pci: false,
         command_line: true,
+        level: false,
         status: (0, 1),
     },
     Board {
@@ -114,6 +121,7 @@ pub(crate) const BOARDS: &[Board] = &[
         machine: &["-M", "virt", "-m", "256M"],
         pci: true,
         command_line: true,
+        level: false,
         status: (0, 1),
     },
     Board {
@@ -123,6 +131,7 @@ pub(crate) const BOARDS: &[Board] = &[
         machine: &["-M", "virt", "-cpu", "la464-loongarch-cpu", "-m", "2G"],
         pci: true,
         command_line: false,
+        level: false,
         // The machine has no way to end with a status.
         status: (0, 0),
     },

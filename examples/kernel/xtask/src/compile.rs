@@ -14,7 +14,7 @@ const DEBIAN_PACKAGES: &str = "rustc-web cargo-web rust-web-src rust-web-llvm ll
 
 /// What makes code for a host's target fit for a kernel: fixed addresses, and room below the stack
 /// pointer for interrupts.
-const HOST_FLAGS: &str = "-Crelocation-model=static -Ctarget-feature=+crt-static -Cno-redzone=y -Cforce-frame-pointers=yes";
+pub(crate) const HOST_FLAGS: &str = "-Crelocation-model=static -Ctarget-feature=+crt-static -Cno-redzone=y -Cforce-frame-pointers=yes";
 
 /// Returns the kernel workspace's directory.
 pub(crate) fn workspace() -> &'static Path {

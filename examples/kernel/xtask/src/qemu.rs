@@ -118,6 +118,11 @@ pub(crate) fn boot_to_failure(
     let console = Console::OnFailure;
     let mut qemu = Qemu::start(board, kernel, &directory, command_line, console)?;
     let result = (|| {
+        while let Some(line) = qemu.next_line()? {
+            if line.contains(READY) {
+                visit(Monitor::connect(&directory.join("qmp"))?.echo_port()?)?;
+            }
+        }
         qemu.wait_for_end(board.status.1)?;
         for text in expected {
             qemu.expect(text)?;
