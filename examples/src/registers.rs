@@ -396,7 +396,7 @@ fn describe_config(
         }
         DeviceType::Display => {
             lines.push(format!(
-                "{} scanouts, {} capability sets",
+                "scanouts: {}, capability sets: {}",
                 read(8, 4) & 0xffff_ffff,
                 read(12, 4) & 0xffff_ffff
             ));
