@@ -105,7 +105,7 @@ fn spin(_polls: u64) -> bool {
     true
 }
 
-#[cfg(test)]
+#[cfg(all(test, any(feature = "block", feature = "gpu")))]
 mod tests {
     use super::WaitPolicy;
 

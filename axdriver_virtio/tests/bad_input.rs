@@ -413,7 +413,7 @@ fn a_device_that_does_not_reset_keeps_its_memory_and_the_caller_gets_an_error() 
 #[test]
 fn a_request_to_a_device_that_neither_answers_nor_resets_is_never_taken_back() {
     for over in Over::ALL {
-        let bench = over.plug(&numbered_disk());
+        let bench = over.plug(numbered_disk());
         let mut disk = Disk::try_new_with(bench.transport(), impatient()).unwrap();
         let never = Hostile::new();
         bench.misbehave(
@@ -663,7 +663,7 @@ fn an_interrupt_of_a_device_that_is_gone_is_an_error_and_no_loop() {
 
 #[test]
 fn a_driver_can_be_sent_to_another_thread_and_used_there() {
-    let bench = Over::Modern.plug(&numbered_disk());
+    let bench = Over::Modern.plug(numbered_disk());
     let mut disk = bench.disk();
     let machine = bench.board.machine().clone();
     let block = std::thread::spawn(move || {

@@ -29,7 +29,7 @@ fn disk() -> machine::Disk {
 
 #[test]
 fn addresses_that_cannot_be_registers_are_no_devices_and_are_not_followed() {
-    let bench = Over::Modern.plug(&disk());
+    let bench = Over::Modern.plug(disk());
     let tap = bench.tap(|_| None);
     let base = bench.registers();
     for (address, size) in [
@@ -52,7 +52,7 @@ fn addresses_that_cannot_be_registers_are_no_devices_and_are_not_followed() {
 
 #[test]
 fn the_smallest_region_is_all_registers_and_no_configuration() {
-    let bench = Over::Modern.plug(&disk());
+    let bench = Over::Modern.plug(disk());
     let pointer = bench.board.mmio_slots()[0].pointer();
     // SAFETY: the slot of this board.
     let (device_type, transport) = unsafe { probe_mmio_device(pointer, 0x100) }.unwrap();
@@ -64,7 +64,7 @@ fn the_smallest_region_is_all_registers_and_no_configuration() {
 #[test]
 fn fields_outside_of_the_configuration_space_are_refused() {
     for over in Over::ALL {
-        let bench = over.plug(&disk());
+        let bench = over.plug(disk());
         let mut transport = bench.transport();
         let beyond = if over == Over::Pci { 60 } else { 0x100 };
         let tap = bench.tap(|_| None);
@@ -89,11 +89,11 @@ fn fields_outside_of_the_configuration_space_are_refused() {
 #[test]
 fn slots_are_told_apart_by_their_devices() {
     let board = Board::emulated()
-        .mmio(Version::Modern, &disk())
-        .mmio_legacy(&machine::Nic::new(common::MAC))
+        .mmio(Version::Modern, disk())
+        .mmio_legacy(machine::Nic::new(common::MAC))
         .mmio_empty()
         .mmio(Version::Modern, Entropy::default())
-        .mmio(Version::Modern, &machine::Display::new(16, 8))
+        .mmio(Version::Modern, machine::Display::new(16, 8))
         .build()
         .unwrap();
     let found: Vec<_> = board.mmio_slots()[..6]
@@ -179,7 +179,7 @@ fn probing_writes_nothing() {
 
 #[test]
 fn probing_a_function_leaves_its_configuration_space_as_it_was() {
-    let bench = Over::Pci.plug(&disk());
+    let bench = Over::Pci.plug(disk());
     drop(bench.find_pci());
     let function = FakeFunction::new(bench.registers(), &Capability::honest());
     let (mut root, fake) = FakeRoot::new(function);
@@ -393,7 +393,7 @@ fn strange_functions() -> Vec<(&'static str, FakeFunction)> {
 #[test]
 fn functions_with_strange_capabilities_are_no_devices_and_no_harm() {
     for (what, function) in strange_functions() {
-        let bench = Over::Pci.plug(&disk());
+        let bench = Over::Pci.plug(disk());
         let (mut root, fake) = FakeRoot::new(function);
         let before = fake.space();
         let transport = PciTransport::new::<MachineHal, _>(&mut root, FakeRoot::FUNCTION);
@@ -413,7 +413,7 @@ fn functions_with_strange_capabilities_are_no_devices_and_no_harm() {
 #[test]
 fn a_bar_with_an_address_that_it_cannot_have_is_not_used() {
     // It claims 4 GiB, from an address that is no multiple of that: what would be mapped is not its own.
-    let bench = Over::Pci.plug(&disk());
+    let bench = Over::Pci.plug(disk());
     let mut function = FakeFunction::new(BAR, &Capability::honest());
     function.masks[4] = 0;
     let (mut root, _) = FakeRoot::new(function);
@@ -424,7 +424,7 @@ fn a_bar_with_an_address_that_it_cannot_have_is_not_used() {
 
 #[test]
 fn a_function_without_a_device_configuration_is_found() {
-    let bench = Over::Pci.plug(&disk());
+    let bench = Over::Pci.plug(disk());
     drop(bench.find_pci());
     let capabilities = &Capability::honest()[..3];
     let function = FakeFunction::new(bench.registers(), capabilities);
@@ -575,7 +575,10 @@ fn ranges_are_aligned_to_their_size_and_do_not_overlap() {
     let mut end = 0x1234;
     for size in [0x10, 0x1000, 0x20, 0x4000, 1, 0x100] {
         let start = window.alloc(size).unwrap();
-        assert!(start >= end && start % size == 0, "{size:#x} at {start:#x}");
+        assert!(
+            start >= end && start.is_multiple_of(size),
+            "{size:#x} at {start:#x}"
+        );
         end = start + size;
     }
 }
@@ -626,8 +629,8 @@ fn a_bus_with_nothing_but_a_bridge_yields_nothing() {
 #[test]
 fn a_bus_without_room_for_all_yields_those_that_have_it() {
     let board = Board::emulated()
-        .pci(&disk())
-        .pci(&machine::Nic::new(common::MAC))
+        .pci(disk())
+        .pci(machine::Nic::new(common::MAC))
         .build()
         .unwrap();
     let mut window = PciRangeAllocator::new(board.pci_window().start, 0x4000);

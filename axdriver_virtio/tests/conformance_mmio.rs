@@ -145,7 +145,7 @@ fn mmio_03_configuration_fields_are_accessed_by_their_width() {
 fn probe_changed(
     change: impl Fn(u64) -> Option<u64> + Send + 'static,
 ) -> (Option<axdriver_base::DeviceType>, Vec<u64>, Bench) {
-    let bench = Over::Modern.plug(&numbered_disk());
+    let bench = Over::Modern.plug(numbered_disk());
     let base = bench.registers();
     let tap = bench.tap(move |access| change(access.address - base));
     let slot = bench.board.mmio_slots()[0];
@@ -267,7 +267,7 @@ fn mmio_10_a_queue_that_is_ready_is_left_alone() {
 
 #[test]
 fn mmio_11_a_queue_that_is_stopped_is_waited_for() {
-    let bench = Over::Modern.plug(&numbered_disk());
+    let bench = Over::Modern.plug(numbered_disk());
     let base = bench.registers();
     let disk = bench.disk();
     drop(disk);
@@ -449,7 +449,7 @@ fn a_slow_device_is_not_read_while_nothing_is_to_be_done() {
 
 #[test]
 fn a_transport_says_what_it_was_made_of() {
-    let bench = Over::Modern.plug(&numbered_disk());
+    let bench = Over::Modern.plug(numbered_disk());
     let slot = bench.board.mmio_slots()[0];
     // SAFETY: the slot of this board.
     let found = unsafe { probe_mmio_device(slot.pointer(), slot.size) };

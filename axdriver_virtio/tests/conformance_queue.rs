@@ -151,7 +151,7 @@ fn vq_08_an_indirect_table_names_no_other_table() {
 #[test]
 fn vq_09_no_chain_is_longer_than_the_queue() {
     for (size, _, chain) in all_chains() {
-        assert!(chain.parts.len() as u32 <= size, "{chain:?} in {size}");
+        assert!(chain.parts.len() <= size as usize, "{chain:?} in {size}");
     }
 }
 
@@ -310,7 +310,7 @@ fn vq_18_what_the_device_does_not_say_it_wrote_is_not_believed() {
     for over in Over::SINCE_1 {
         for fault in [Fault::UsedLenShort, Fault::UsedLenZero] {
             // The data and the good status are there, but the length says that they are not.
-            let bench = over.plug(&numbered_disk());
+            let bench = over.plug(numbered_disk());
             let mut disk = bench.disk();
             bench.once(fault);
             assert_eq!(

@@ -138,7 +138,7 @@ fn a_device_that_answers_with_a_wrong_id_has_no_access_afterwards() {
 #[test]
 fn a_wrong_id_is_over_with_a_reset_however_often() {
     for over in Over::ALL {
-        let bench = over.plug(&numbered_disk());
+        let bench = over.plug(numbered_disk());
         let mut disk = bench.disk();
         for round in 0..50 {
             bench.once(Fault::UsedIdWrong);
@@ -225,7 +225,7 @@ fn silenced_interrupts_stay_silent_and_enabling_them_tells_what_has_come_in() {
 #[test]
 fn a_block_beyond_32_bits_is_asked_for_as_it_is() {
     const BLOCK: u64 = (1 << 32) + 5;
-    let bench = Over::Modern.plug(&numbered_disk());
+    let bench = Over::Modern.plug(numbered_disk());
     let base = bench.registers();
     // The disk says that it is larger than it is.
     let _tap = bench.tap(move |access| access.reads(base + 0x104).then_some(2));
@@ -409,7 +409,7 @@ fn a_driver_changes_threads_exactly_if_its_transport_does() {
         assert!(!Markers::<Gpu<ThreadBound>>::IS_SEND && !Markers::<Gpu<ThreadBound>>::IS_SYNC);
     }
     // On its own thread it works all the same.
-    let bench = Over::Modern.plug(&numbered_disk());
+    let bench = Over::Modern.plug(numbered_disk());
     let transport = ThreadBound(bench.transport(), Rc::new(()));
     drop(VirtIoBlkDev::<MachineHal, _>::try_new(transport).unwrap());
     bench.assert_clean();
@@ -460,7 +460,7 @@ fn nothing_outside_of_a_bar_is_mapped() {
         (1, u32::MAX),
     ] {
         for index in 0..3 {
-            let bench = Over::Pci.plug(&numbered_disk());
+            let bench = Over::Pci.plug(numbered_disk());
             drop(bench.find_pci());
             let mut capabilities = Capability::honest();
             capabilities[index].offset = offset;
@@ -773,7 +773,7 @@ fn the_response_before_is_not_taken_for_a_response() {
 #[test]
 fn empty_and_ragged_buffers_are_refused() {
     for over in Over::ALL {
-        let bench = over.plug(&numbered_disk());
+        let bench = over.plug(numbered_disk());
         let mut disk = bench.disk();
         for len in [0, 1, 100, 511, 513, 1023] {
             let mut buffer = vec![0; len];
@@ -919,7 +919,7 @@ unsafe impl VirtIoHal for Grudging {
 #[test]
 fn memory_that_the_hal_does_not_take_back_is_no_panic() {
     for over in Over::ALL {
-        let bench = over.plug(&numbered_disk());
+        let bench = over.plug(numbered_disk());
         drop(VirtIoBlkDev::<Grudging, _>::try_new(bench.transport()).unwrap());
         let bench = over.plug(machine::Nic::new(MAC));
         drop(VirtIoNetDev::<Grudging, _, 4>::try_new(bench.transport()).unwrap());
@@ -1067,7 +1067,7 @@ fn undefined_causes_of_an_interrupt_are_not_acknowledged() {
 /// D45: the device id was read before the version was known.
 #[test]
 fn the_version_is_read_before_the_device_id() {
-    let bench = Over::Modern.plug(&numbered_disk());
+    let bench = Over::Modern.plug(numbered_disk());
     let base = bench.registers();
     let tap = bench.tap(|_| None);
     drop(bench.transport());
@@ -1134,7 +1134,7 @@ fn a_small_queue_is_enough() {
 /// D49: the first capability of each type was taken, usable or not.
 #[test]
 fn a_capability_that_cannot_be_used_is_passed_over() {
-    let bench = Over::Pci.plug(&numbered_disk());
+    let bench = Over::Pci.plug(numbered_disk());
     drop(bench.find_pci());
     let mut capabilities = Capability::honest();
     for capability in Capability::honest() {
@@ -1205,7 +1205,7 @@ fn a_disk_that_grows_and_a_link_that_falls_are_noticed() {
 fn errors_say_whether_it_is_worth_to_try_again() {
     for over in Over::ALL {
         for status in [3, 255] {
-            let bench = over.plug(&numbered_disk());
+            let bench = over.plug(numbered_disk());
             let mut disk = bench.disk();
             bench.once(Fault::BlockStatus(status));
             assert_eq!(disk.read_block(0, &mut [0; 512]), Err(DevError::Io));

@@ -4,6 +4,7 @@ use axdriver_virtio::{InterruptHandle, MmioTransport, PciTransport, PhysAddr, Tr
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+#[expect(clippy::large_enum_variant, reason = "there is one of it at a time")]
 pub(crate) enum AnyTransport {
     Mmio(MmioTransport<'static>),
     Pci(PciTransport),

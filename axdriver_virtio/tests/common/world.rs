@@ -114,7 +114,7 @@ impl World {
         let mut read = [0; 512];
         disk.read_block(7, &mut read)?;
         assert_eq!(read, [7; 512], "what is read is what the disk holds");
-        let written: Vec<u8> = (0..1024).map(|byte| (byte % 251) as u8).collect();
+        let written: Vec<u8> = (0..=250).cycle().take(1024).collect();
         disk.write_block(20, &written)?;
         assert_eq!(self.disk.contents().unwrap()[20 * 512..22 * 512], written);
         disk.flush()?;
@@ -126,7 +126,7 @@ impl World {
     }
 
     fn talk<const QS: usize>(&self, nic: &mut Nic<QS>, exact: bool) -> DevResult {
-        let frame: Vec<u8> = (0..200).map(|byte| (byte ^ 0x5a) as u8).collect();
+        let frame: Vec<u8> = (0..200).map(|byte: u8| byte ^ 0x5a).collect();
         nic.recycle_tx_buffers()?;
         let mut buf = nic.alloc_tx_buffer(frame.len())?;
         buf.packet_mut().copy_from_slice(&frame);
