@@ -32,7 +32,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use cable::{Cable, MAX_FRAME};
 pub use error::{ImageFault, QemuError};
@@ -361,11 +361,24 @@ impl QemuBoard {
 
     /// Waits until an interrupt line is asserted, at most `limit`. Returns whether it is.
     ///
+    /// Meanwhile the registers can be used from other threads.
+    ///
     /// # Errors
     ///
     /// As those of [`interrupt_line`](Self::interrupt_line).
     pub fn wait_for_interrupt(&mut self, number: u32, limit: Duration) -> Result<bool, QemuError> {
-        self.intercepted()?.qtest.wait_for_interrupt(number, limit)
+        let end = Instant::now() + limit;
+        let listener = self.intercepted()?.qtest.listener()?;
+        loop {
+            if self.interrupt_line(number)?.asserted {
+                return Ok(true);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            qtest::has_something(&listener, left);
+        }
     }
 
     fn intercepted(&mut self) -> Result<MutexGuard<'_, BusState>, QemuError> {

@@ -114,27 +114,13 @@ impl Qtest {
     ///
     /// * [`QemuError::Gone`]: QEMU has ended.
     pub fn interrupt_line(&mut self, number: u32) -> Result<InterruptLine, QemuError> {
-        self.take_in(Duration::ZERO)?;
+        self.take_in()?;
         Ok(self.lines.get(&number).copied().unwrap_or_default())
     }
 
-    /// Waits until an interrupt line is asserted, at most `limit`. Returns whether it is.
-    ///
-    /// # Errors
-    ///
-    /// * [`QemuError::Gone`]: QEMU has ended.
-    pub fn wait_for_interrupt(&mut self, number: u32, limit: Duration) -> Result<bool, QemuError> {
-        let end = std::time::Instant::now() + limit;
-        loop {
-            if self.interrupt_line(number)?.asserted {
-                return Ok(true);
-            }
-            let left = end.saturating_duration_since(std::time::Instant::now());
-            if left.is_zero() {
-                return Ok(false);
-            }
-            self.take_in(left)?;
-        }
+    /// Returns a handle on which there is something to read when QEMU says something, to wait with.
+    pub(super) fn listener(&self) -> io::Result<UnixStream> {
+        self.stream.try_clone()
     }
 
     /// Returns how many commands were sent.
@@ -168,23 +154,16 @@ impl Qtest {
         }
     }
 
-    /// Takes in lines about interrupts, waiting at most `limit` for the first.
-    fn take_in(&mut self, limit: Duration) -> Result<(), QemuError> {
-        let mut limit = limit;
+    /// Takes in what QEMU has said of interrupts, without waiting for more.
+    fn take_in(&mut self) -> Result<(), QemuError> {
         loop {
             while let Some(line) = self.buffered_line() {
                 self.note_interrupt(&line);
             }
-            let timeout = Timespec::try_from(limit).unwrap_or(Timespec {
-                tv_sec: 1,
-                tv_nsec: 0,
-            });
-            let mut files = [PollFd::new(&self.stream, PollFlags::IN)];
-            if poll(&mut files, Some(&timeout)).unwrap_or(0) == 0 {
+            if !has_something(&self.stream, Duration::ZERO) {
                 return Ok(());
             }
             self.receive()?;
-            limit = Duration::ZERO;
         }
     }
 
@@ -254,6 +233,17 @@ impl Qtest {
             },
         }
     }
+}
+
+/// Waits until there is something to read, or the end of the connection, at most `limit`. Returns whether there is.
+pub(super) fn has_something(stream: &UnixStream, limit: Duration) -> bool {
+    let timeout = Timespec::try_from(limit).unwrap_or(Timespec {
+        tv_sec: 1,
+        tv_nsec: 0,
+    });
+    let mut files = [PollFd::new(stream, PollFlags::IN)];
+    // An interrupted wait has found nothing; whoever waits looks at the time, and waits again.
+    poll(&mut files, Some(&timeout)).is_ok_and(|count| count > 0)
 }
 
 fn letter_of(width: u8) -> Result<char, QemuError> {
@@ -326,7 +316,10 @@ mod tests {
         qtest.write(0, 4, 0).unwrap();
         handle.join().unwrap();
         // The server has gone, but what it said before counts, and then the end is an error.
-        assert!(!qtest.wait_for_interrupt(3, Duration::ZERO).unwrap_or(false));
+        assert!(matches!(
+            qtest.interrupt_line(3),
+            Err(QemuError::Gone { .. })
+        ));
         assert!(!qtest.lines[&47].asserted);
     }
 
