@@ -1,5 +1,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    axdriver_virtio_fuzz::scenario(bytes, axdriver_virtio_fuzz::net::run);
+    axdriver_virtio_fuzz::scenario(bytes, axdriver_virtio_fuzz::net::run::<4>);
 });

@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use axdriver_base::DeviceType;
 use machine::{Memory, RegisterBus, memory::MemoryWatch};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -152,6 +153,15 @@ impl Raw {
             *bars = known;
             *multiplier = distance;
         }
+    }
+
+    /// Lets it be the device that a driver was found for, whatever it said before.
+    pub fn set_kind(&self, kind: DeviceType) {
+        self.lock().kind = match kind {
+            DeviceType::Net => 1,
+            DeviceType::Block => 2,
+            _ => 16,
+        };
     }
 
     /// Settles the account of memory when the driver is gone.

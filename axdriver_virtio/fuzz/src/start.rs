@@ -22,6 +22,8 @@ use crate::{
 const MEMORY: usize = 1 << 20;
 /// The bytes that decide what the driver is asked to do.
 const DECISIONS: usize = 12;
+/// Small, because what a device that does not reset keeps is gone for the whole run.
+const QUEUE: usize = 4;
 const KINDS: [u32; 3] = [2, 1, 16];
 
 fn wait() -> WaitPolicy {
@@ -37,7 +39,7 @@ fn drive<T: Transport + Send + Sync>(
     let started: DevResult = match kind {
         DeviceType::Block => VirtIoBlkDev::<MachineHal, T>::try_new_with(transport, wait())
             .map(|driver| steps(driver, interrupt, choices, block)),
-        DeviceType::Net => VirtIoNetDev::<MachineHal, T, 8>::try_new_with(transport, wait())
+        DeviceType::Net => VirtIoNetDev::<MachineHal, T, QUEUE>::try_new_with(transport, wait())
             .map(|driver| steps(driver, interrupt, choices, net)),
         DeviceType::Display => VirtIoGpuDev::<MachineHal, T>::try_new_with(transport, wait())
             .map(|driver| steps(driver, interrupt, choices, display)),
@@ -96,10 +98,13 @@ fn block<T: Transport + Send + Sync>(
 }
 
 fn net<T: Transport + Send + Sync>(
-    driver: &mut VirtIoNetDev<MachineHal, T, 8>,
+    driver: &mut VirtIoNetDev<MachineHal, T, QUEUE>,
     choice: u8,
 ) -> DevResult {
-    assert!((1..=8).contains(&driver.rx_queue_size()) && (1..=8).contains(&driver.tx_queue_size()));
+    assert!(
+        (1..=QUEUE).contains(&driver.rx_queue_size())
+            && (1..=QUEUE).contains(&driver.tx_queue_size())
+    );
     let most = driver.capabilities().max_frame_len;
     match choice & 7 {
         0 => driver.recycle_tx_buffers(),
@@ -161,6 +166,7 @@ pub fn mmio(bytes: &[u8]) {
             .one_in(2)
             .then(|| transport.split_interrupt())
             .flatten();
+        raw.set_kind(kind);
         drive(kind, transport, split, &mut choices);
     }
     raw.finish();
@@ -401,6 +407,7 @@ pub fn pci(bytes: &[u8]) {
             .one_in(2)
             .then(|| transport.split_interrupt())
             .flatten();
+        raw.set_kind(kind);
         drive(kind, transport, split, &mut choices);
     }
     raw.finish();

@@ -129,8 +129,8 @@ struct Resets {
 }
 
 enum Either {
-    Mmio(MmioTransport<'static>),
-    Pci(PciTransport),
+    Mmio(Box<MmioTransport<'static>>),
+    Pci(Box<PciTransport>),
 }
 
 macro_rules! with {
@@ -332,7 +332,7 @@ impl Bench {
         let inner = if slot.device.is_some() {
             // SAFETY: the registers of a slot of the board, which nobody else uses.
             let (kind, transport) = unsafe { probe_mmio_device(slot.pointer(), slot.size) }?;
-            (kind == self.kind).then_some(Either::Mmio(transport))
+            (kind == self.kind).then(|| Either::Mmio(Box::new(transport)))
         } else {
             let window = self.board.pci_window();
             let size = window.end - window.start;
@@ -340,7 +340,7 @@ impl Bench {
             let mut root = self.board.pci();
             probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut window))
                 .find(|(_, kind, _)| *kind == self.kind)
-                .map(|(_, _, transport)| Either::Pci(transport))
+                .map(|(_, _, transport)| Either::Pci(Box::new(transport)))
         };
         Some(Watched {
             inner: inner?,
@@ -360,9 +360,11 @@ impl Bench {
     pub fn is_believable(&self) -> bool {
         // What a legacy device says of lengths is not to be relied on (2.7.8.3).
         let is_legacy = self.board.mmio_slots()[0].version == Version::Legacy;
-        !self.scribbles
-            && !self.has_happened(BELIEVABLE)
-            && !(is_legacy && self.has_happened(&[Fault::FrameOversized, Fault::UsedLenLong]))
+        let lengths = [Fault::FrameOversized, Fault::UsedLenLong];
+        let is_lie = self.scribbles
+            || self.has_happened(BELIEVABLE)
+            || is_legacy && self.has_happened(&lengths);
+        !is_lie
     }
 
     /// Returns whether one of these faults has happened.

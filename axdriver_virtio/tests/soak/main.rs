@@ -77,7 +77,7 @@ fn soak(name: &str, requests: u64, scenario: fn(&mut Choices, Hostile, usize) ->
         // From a lie at every other occasion to hardly any.
         hostile = hostile
             .one_in([2, 8, 32, 32, 128, 512][usize::from(next(&mut state).to_le_bytes()[0]) % 6]);
-        if next(&mut state) % 2 == 0 {
+        if next(&mut state).is_multiple_of(2) {
             // Only what the driver can see, so that all data can be checked.
             let visible: Vec<Fault> = Fault::ALL
                 .iter()
@@ -112,10 +112,18 @@ fn a_million_block_requests_to_hostile_disks_harm_nobody() {
 #[test]
 fn a_million_frames_through_hostile_nics_harm_nobody() {
     // Both ways.
-    soak("net", 2 * requests(), net::run);
+    soak("net", 2 * requests(), net::run::<16>);
 }
 
 #[test]
 fn pictures_on_hostile_displays_harm_nobody() {
     soak("display", requests() / 20, display::run);
+}
+
+#[test]
+fn decisions_of_bytes_come_to_an_end() {
+    // As the fuzz targets use the scenarios: first what is done, then what the device does.
+    let mut choices = Choices::bytes(&[7; 200]);
+    let count = block::run(&mut choices, Hostile::bytes(&[0, 200, 7]), STEPS);
+    assert!(count.done < 200 && choices.is_over());
 }

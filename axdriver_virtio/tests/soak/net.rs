@@ -13,13 +13,12 @@ use crate::{
     choices::Choices,
 };
 
-const QUEUE: usize = 16;
 const MEMORY: usize = 1 << 20;
 const HEADER: usize = 14;
 /// The number of a frame, and its length.
 const TAG: usize = 12;
 
-type Driver = VirtIoNetDev<MachineHal, Watched, QUEUE>;
+type Driver<const QUEUE: usize> = VirtIoNetDev<MachineHal, Watched, QUEUE>;
 
 /// Returns the frame of this number, which can be told from its first bytes.
 fn frame(number: u64, len: usize) -> Vec<u8> {
@@ -56,7 +55,7 @@ struct Run {
 }
 
 impl Run {
-    fn driver(&self) -> Option<Driver> {
+    fn driver<const QUEUE: usize>(&self) -> Option<Driver<QUEUE>> {
         VirtIoNetDev::try_new_with(self.bench.probe()?, Bench::wait()).ok()
     }
 
@@ -75,7 +74,11 @@ impl Run {
         }
     }
 
-    fn receive(&mut self, driver: &mut Driver, choices: &mut Choices) -> DevResult {
+    fn receive<const QUEUE: usize>(
+        &mut self,
+        driver: &mut Driver<QUEUE>,
+        choices: &mut Choices,
+    ) -> DevResult {
         let mut buf = match driver.receive() {
             Err(DevError::Again) => return Ok(()),
             result => {
@@ -112,7 +115,11 @@ impl Run {
         }
     }
 
-    fn send(&mut self, driver: &mut Driver, buf: NetBufPtr) -> DevResult {
+    fn send<const QUEUE: usize>(
+        &mut self,
+        driver: &mut Driver<QUEUE>,
+        buf: NetBufPtr,
+    ) -> DevResult {
         // Whether it arrives if this fails is not known: the number is used up.
         self.transmitted += 1;
         self.count.done += 1;
@@ -121,7 +128,11 @@ impl Run {
         Ok(())
     }
 
-    fn transmit(&mut self, driver: &mut Driver, choices: &mut Choices) -> DevResult {
+    fn transmit<const QUEUE: usize>(
+        &mut self,
+        driver: &mut Driver<QUEUE>,
+        choices: &mut Choices,
+    ) -> DevResult {
         let most = driver.capabilities().max_frame_len;
         let len = HEADER + TAG + choices.below(most.saturating_sub(HEADER + TAG).max(1));
         let mut buf = match driver.alloc_tx_buffer(len) {
@@ -136,7 +147,11 @@ impl Run {
         }
     }
 
-    fn step(&mut self, driver: &mut Driver, choices: &mut Choices) -> DevResult {
+    fn step<const QUEUE: usize>(
+        &mut self,
+        driver: &mut Driver<QUEUE>,
+        choices: &mut Choices,
+    ) -> DevResult {
         self.bench.scribble(choices);
         match choices.below(16) {
             0 => {
@@ -177,8 +192,8 @@ impl Run {
     }
 }
 
-/// Drives a hostile NIC as `choices` say, for at most `steps` steps.
-pub fn run(choices: &mut Choices, hostile: Hostile, steps: usize) -> Count {
+/// Drives a hostile NIC with queues of `QUEUE` frames as `choices` say, for at most `steps` steps.
+pub fn run<const QUEUE: usize>(choices: &mut Choices, hostile: Hostile, steps: usize) -> Count {
     let mut nic = Nic::new([0x02, 0, 0, 0, 0, 1]);
     if choices.one_in(4) {
         nic = nic.mtu(68 + choices.word() % 9200);
@@ -206,7 +221,7 @@ pub fn run(choices: &mut Choices, hostile: Hostile, steps: usize) -> Count {
         held: Vec::new(),
         count: Count::default(),
     };
-    if let Some(mut driver) = run.driver() {
+    if let Some(mut driver) = run.driver::<QUEUE>() {
         for _ in 0..steps {
             if choices.is_over() || run.bench.is_worn_out() {
                 break;
