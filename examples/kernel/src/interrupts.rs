@@ -5,7 +5,7 @@
 //! never ends: the wait is over at a deadline, and the run fails.
 
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use core::time::Duration;
 
 use axdriver_base::InterruptCause;
@@ -36,8 +36,13 @@ struct Source {
 /// Locked in the handler, and elsewhere only with interrupts masked.
 static SOURCES: Mutex<Vec<Source>> = Mutex::new(Vec::new());
 
-/// How many interrupts of devices there were.
+/// The source whose interrupts are waited for. Those of others wake nobody, or they would hide the
+/// loss of one.
+static WATCHED: AtomicUsize = AtomicUsize::new(usize::MAX);
+/// How many interrupts of the watched source there were, and of all that were watched before.
 static COUNT: AtomicU32 = AtomicU32::new(0);
+/// How many interrupts of devices there were.
+static TOTAL: AtomicU32 = AtomicU32::new(0);
 /// `COUNT` when a sleeping driver was woken last.
 static SEEN: AtomicU32 = AtomicU32::new(0);
 /// How many interrupts were nobody's.
@@ -84,23 +89,27 @@ pub(crate) fn lose_all() {
 pub(crate) fn handle(line: u32) {
     let mut served = false;
     // A line may be shared: everybody on it is asked.
-    for source in SOURCES
-        .lock()
+    let mut sources = SOURCES.lock();
+    let on_line = sources
         .iter_mut()
-        .filter(|source| source.line == line)
-    {
+        .enumerate()
+        .filter(|(_, source)| source.line == line);
+    for (index, source) in on_line {
         let Some(handle) = &source.handle else {
             continue;
         };
         let cause = handle.acknowledge();
         if !cause.is_empty() {
             source.count += 1;
+            if index == WATCHED.load(Ordering::Relaxed) {
+                COUNT.fetch_add(1, Ordering::Relaxed);
+            }
             source.changed |= cause.contains(InterruptCause::CONFIGURATION);
             served = true;
         }
     }
     if served {
-        COUNT.fetch_add(1, Ordering::Relaxed);
+        TOTAL.fetch_add(1, Ordering::Relaxed);
         IN_A_ROW.store(0, Ordering::Relaxed);
         return;
     }
@@ -118,12 +127,17 @@ pub(crate) fn tick() {
     TICKS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Returns how many interrupts of devices there were.
+/// Waits for interrupts of this source from now on.
+pub(crate) fn watch(source: usize) {
+    WATCHED.store(source, Ordering::Relaxed);
+}
+
+/// Returns how many interrupts of devices there were that were waited for.
 pub(crate) fn count() -> u32 {
     COUNT.load(Ordering::Relaxed)
 }
 
-/// Sleeps until there were other than `seen` interrupts of devices, or until `deadline`; returns
+/// Sleeps until [`count`] is other than `seen`, or until `deadline`; returns
 /// whether there were.
 pub(crate) fn sleep_until(seen: u32, deadline: Duration) -> bool {
     loop {
@@ -137,7 +151,7 @@ pub(crate) fn sleep_until(seen: u32, deadline: Duration) -> bool {
     }
 }
 
-/// Sleeps until a device has interrupted since the last call, and returns `true`; or `false` if
+/// Sleeps until the watched device has interrupted since the last call, and returns `true`; or `false` if
 /// none does in [`PATIENCE`]. Fit for a driver to call between two looks at its queue.
 pub(crate) fn sleep_between_looks(_looks: u64) -> bool {
     let seen = SEEN.load(Ordering::Relaxed);
@@ -170,7 +184,11 @@ pub(crate) fn take_changed(source: usize) -> bool {
     })
 }
 
-/// Returns how many interrupts were nobody's, and how many ticks there were.
-pub(crate) fn strays_and_ticks() -> (u32, u32) {
-    (STRAY.load(Ordering::Relaxed), TICKS.load(Ordering::Relaxed))
+/// Returns how many interrupts of devices there were, how many were nobody's, and how many ticks.
+pub(crate) fn totals() -> (u32, u32, u32) {
+    (
+        TOTAL.load(Ordering::Relaxed),
+        STRAY.load(Ordering::Relaxed),
+        TICKS.load(Ordering::Relaxed),
+    )
 }

@@ -109,8 +109,7 @@ fn run(boot: &Boot) -> Result {
     for line in &report.lines {
         println!("{line}");
     }
-    let (strays, ticks) = interrupts::strays_and_ticks();
-    let count = interrupts::count();
+    let (count, strays, ticks) = interrupts::totals();
     println!("interrupts: {count} of devices, {strays} stray, {ticks} ticks");
     if report.lines.is_empty() {
         return Err(Error::Machine("no device"));
@@ -145,6 +144,7 @@ impl Report {
     ) {
         let source = device.source;
         let before = interrupts::count_of(source);
+        interrupts::watch(source);
         let outcome = work(device.driver.as_mut(), source).and_then(|text| {
             if interrupts::count_of(source) == before && !interrupts::comes(source, before) {
                 return Err(Error::Late("the device's interrupt"));
