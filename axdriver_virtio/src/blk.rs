@@ -1,4 +1,6 @@
 //! The disk driver: what to say over a virtqueue to a block device (VirtIO 1.3, 5.2).
+//!
+//! Unsafe code here guards the caller's buffer and the request, while the device has them.
 
 use core::ptr::NonNull;
 
@@ -233,7 +235,11 @@ impl<H: Hal, T: Transport> VirtIoBlkDev<H, T> {
     fn read_max_request(&self, features: Features) -> DevResult<usize> {
         let mut limit = MAX_REQUEST;
         if features.contains(SIZE_MAX) {
-            limit = limit.min(self.read_le32(CONFIG_SIZE_MAX)?);
+            let size_max = self.read_le32(CONFIG_SIZE_MAX)?;
+            // `qemu-storage-daemon` says 0, and means that there is no limit.
+            if size_max != 0 {
+                limit = limit.min(size_max);
+            }
         }
         let limit = limit as usize & !(self.block_size - 1);
         if limit == 0 {

@@ -1,4 +1,6 @@
 //! The display driver: what to say over a virtqueue to a GPU device in 2D mode (VirtIO 1.3, 5.7).
+//!
+//! Unsafe code here guards the commands and the framebuffer, while the device has them.
 
 use axdriver_base::{BaseDriverOps, DevError, DevResult, DeviceType, InterruptCause};
 use axdriver_display::{DisplayDriverOps, DisplayInfo, FrameBuffer};

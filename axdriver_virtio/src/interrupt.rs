@@ -1,4 +1,6 @@
 //! The interrupt side of a device, split off from its driver.
+//!
+//! Unsafe code here guards the registers that only the handle, or its transport, accesses.
 
 use core::{marker::PhantomData, ptr::NonNull};
 

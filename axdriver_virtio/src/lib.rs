@@ -115,7 +115,11 @@ mod wait;
 
 pub use virtio_drivers::{
     BufferDirection, Hal as VirtIoHal, PhysAddr,
-    transport::{Transport, pci::bus as pci},
+    transport::{
+        Transport,
+        mmio::{MmioError, MmioVersion, VirtIOHeader},
+        pci::{VirtioPciError, bus as pci},
+    },
 };
 
 #[cfg(feature = "block")]

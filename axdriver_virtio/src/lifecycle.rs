@@ -86,6 +86,11 @@ pub(crate) struct Lifecycle<T: Transport> {
 /// Why a device is failed that asks for it.
 const NEEDS_RESET: &str = "it says that it needs a reset, or it is gone";
 
+/// The status of a device that has gone: no device sets all of these.
+const ALL_ONES: DeviceStatus = DeviceStatus::from_bits_retain(0xff);
+/// The looks at such a status after which a device counts as gone.
+const GONE_LOOKS: u64 = 16;
+
 /// How often the configuration space is read in the hope that it stays the same meanwhile.
 const CONFIG_TRIES: u32 = 32;
 
@@ -195,17 +200,22 @@ impl<T: Transport> Lifecycle<T> {
     pub(crate) fn reset(&mut self) -> DevResult {
         self.transport.set_status(DeviceStatus::empty());
         let transport = &self.transport;
-        let reset = self
-            .wait
-            .until_reset(|_| (transport.get_status() == DeviceStatus::empty()).then_some(()));
+        // A device that has gone reads as all ones, and will not come back within the wait.
+        let reset = self.wait.until_reset(|looks| {
+            let status = transport.get_status();
+            if status.is_empty() {
+                return Some(true);
+            }
+            (looks >= GONE_LOOKS && status.contains(ALL_ONES)).then_some(false)
+        });
         match reset {
-            Some(()) => {
+            Some(true) => {
                 self.state = State::Idle;
                 Ok(())
             }
-            None => {
+            Some(false) | None => {
                 error!(
-                    "{}: the device does not reset; its memory is never used again",
+                    "{}: the device does not reset; its memory is kept",
                     self.name
                 );
                 // A device that was never started was told of nothing.

@@ -1,4 +1,6 @@
 //! The NIC driver: what to say over two virtqueues to a network device (VirtIO 1.3, 5.1).
+//!
+//! Unsafe code here guards the buffers of frames, while the device has them.
 
 use alloc::{boxed::Box, sync::Arc, vec::Vec};
 use core::{mem, ptr::NonNull};

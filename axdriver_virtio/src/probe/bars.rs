@@ -2,6 +2,8 @@
 //!
 //! PCI Local Bus Specification 3.0, 6.2.5: a BAR is sized by writing ones and reading back which
 //! bits stay 0, while the function does not decode addresses.
+//!
+//! Unsafe code here guards one step: from a `PciRoot` to the configuration access inside it.
 
 use axdriver_base::{DevError, DevResult};
 use log::{debug, error, warn};

@@ -1,4 +1,6 @@
 //! What is behind these registers? The MMIO transport's answer (VirtIO 1.3, 4.2.3.1).
+//!
+//! Unsafe code here guards the register address that the OS hands over.
 
 use core::ptr::NonNull;
 

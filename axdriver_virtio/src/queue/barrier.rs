@@ -1,4 +1,6 @@
 //! The barrier that orders memory accesses for a hardware device, not only for other processors.
+//!
+//! Unsafe code here is the barrier instruction of an architecture.
 
 /// Orders all earlier memory accesses before all later ones, as seen by a device behind a bus.
 ///

@@ -4,6 +4,8 @@
 //! the queue knows of its descriptors it keeps to itself, in `slots`: the device's word is checked
 //! against that, and nothing is ever read back from memory that the device can write but the used
 //! ring. After construction there is no allocation.
+//!
+//! Unsafe code here is one function, `add`, whose caller answers for the memory in the chain.
 
 mod barrier;
 mod ring;

@@ -1,4 +1,6 @@
 //! Virtio over MMIO (VirtIO 1.3, 4.2), modern and legacy.
+//!
+//! Unsafe code here guards the registers that the caller of `new` promises, each part once.
 
 use core::ptr::NonNull;
 

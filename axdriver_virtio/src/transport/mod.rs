@@ -1,5 +1,8 @@
 //! The two transports: what `virtio-drivers`' traits ask of one, over registers that are only
 //! ever accessed as the specification says.
+//!
+//! Unsafe code here guards accesses to the configuration space, which are checked against its
+//! size.
 
 mod mmio;
 mod pci;

@@ -1,4 +1,6 @@
 //! Virtio over PCI (VirtIO 1.3, 4.1).
+//!
+//! Unsafe code here guards the registers that the HAL maps, each structure once.
 
 use core::ptr::NonNull;
 

@@ -11,14 +11,13 @@ use axdriver_block::BlockDriverOps;
 use axdriver_display::DisplayDriverOps;
 use axdriver_net::NetDriverOps;
 use axdriver_virtio::{
-    InterruptHandle, MmioTransport, PciRangeAllocator, PciTransport, VirtIoBlkDev, VirtIoGpuDev,
-    VirtIoNetDev, WaitPolicy,
+    InterruptHandle, MmioTransport, MmioVersion, PciRangeAllocator, PciTransport, VirtIoBlkDev,
+    VirtIoGpuDev, VirtIoNetDev, WaitPolicy,
     pci::{DeviceFunction, MmioCam, PciRoot},
     probe_mmio_device, probe_pci_bus, probe_pci_device,
 };
 use embedded_graphics::pixelcolor::Rgb888;
 use machine::{MachineHal, registers::register_pointer};
-use virtio_drivers::transport::mmio::MmioVersion;
 
 pub use self::emulated::{MachineTime, Transport};
 use crate::{image::Image, time::Time};

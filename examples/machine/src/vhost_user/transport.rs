@@ -29,9 +29,6 @@ const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// packed rings, and the reset of a single queue.
 const NEVER_OFFERED: u64 = 1 << 26 | PROTOCOL_FEATURES | 1 << 33 | 1 << 34 | 1 << 40;
 
-/// `VIRTIO_BLK_F_SIZE_MAX`, whose limit is 4 bytes at 8 in the configuration (VirtIO 1.3, 5.2.4).
-const SIZE_MAX: u64 = 1 << 1;
-
 /// What a device has that differs by its type.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[non_exhaustive]
@@ -231,15 +228,6 @@ fn greet(
             frontend.set_backend_request_fd(&requests)
         })?;
     }
-    let size_max = match device {
-        // `qemu-storage-daemon` offers a limit of the size of a segment and gives it as 0, with which nothing could be sent.
-        VhostUserDevice::Block if features & SIZE_MAX != 0 => {
-            let bytes = read_configuration(&link, device)?;
-            bytes.get(8..12) != Some(&[0; 4])
-        }
-        _ => true,
-    };
-    let quirks = if size_max { 0 } else { SIZE_MAX };
     let queues = match device {
         VhostUserDevice::Block if protocol.contains(VhostUserProtocolFeatures::MQ) => {
             link.ask("GET_QUEUE_NUM", |frontend| frontend.get_queue_num())?
@@ -252,7 +240,7 @@ fn greet(
         link,
         features: (features & !NEVER_OFFERED & !device.unserved_features()
             | device.local_features())
-            & !(options.withheld | quirks),
+            & !options.withheld,
         queues: queues.min(MAX_QUEUES),
     })
 }
