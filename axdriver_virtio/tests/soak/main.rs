@@ -122,8 +122,7 @@ fn pictures_on_hostile_displays_harm_nobody() {
 
 #[test]
 fn decisions_of_bytes_come_to_an_end() {
-    // As the fuzz targets use the scenarios: first what is done, then what the device does.
-    let mut choices = Choices::bytes(&[7; 200]);
-    let count = block::run(&mut choices, Hostile::bytes(&[0, 200, 7]), STEPS);
-    assert!(count.done < 200 && choices.is_over());
+    let mut choices = Choices::bytes(&[8; 200]);
+    let count = block::run(&mut choices, Hostile::bytes(&[]), STEPS);
+    assert!(count.done > 0 && choices.is_over(), "{count:?}");
 }
