@@ -1,4 +1,4 @@
-//! `CONFORMANCE.md` has a row for every requirement, and the tests that it names exist.
+//! `CONFORMANCE.md` has a row for every requirement, and the tests that it and `defects.rs` name exist.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -131,4 +131,29 @@ fn every_test_of_a_requirement_is_in_its_row() {
         }
     }
     assert!(count > 130, "{count} tests of requirements");
+}
+
+#[test]
+fn the_tests_of_faults_that_are_elsewhere_exist() {
+    let mut tests = tests();
+    for sibling in ["base", "block", "display", "net"] {
+        let directory = crate_path(&format!("../axdriver_{sibling}/src"));
+        if !directory.exists() {
+            // This crate is alone, as it is published.
+            return;
+        }
+        tests_below(&directory, &mut tests);
+    }
+    let defects = std::fs::read_to_string(crate_path("tests/defects.rs")).unwrap();
+    let header = defects.lines().take_while(|line| line.starts_with("//!"));
+    let header: Vec<_> = header.collect();
+    let mut count = 0;
+    for name in header.join(" ").split('`').skip(1).step_by(2) {
+        // Names of tests are sentences.
+        if name.matches('_').count() >= 3 {
+            assert!(tests.contains(name), "there is no test `{name}`");
+            count += 1;
+        }
+    }
+    assert!(count >= 9, "{count}");
 }

@@ -48,6 +48,8 @@ pub(crate) struct FakeFunction {
     pub(crate) space: [u8; 256],
     /// The bits of each BAR that can be set.
     pub(crate) masks: [u32; 6],
+    /// Whether BARs can be sized, and take no address.
+    pub(crate) stubborn: bool,
     /// All writes: register and value.
     pub(crate) writes: Vec<(u8, u32)>,
 }
@@ -58,6 +60,7 @@ impl FakeFunction {
         let mut function = Self {
             space: [0; 256],
             masks: [0, 0, 0, 0, 0xffff_c000, 0xffff_ffff],
+            stubborn: false,
             writes: Vec::new(),
         };
         function.put(0x00, 0x1042_1af4);
@@ -126,7 +129,12 @@ impl FakeFunction {
             0x10..0x28 => {
                 let mask = self.masks[usize::from(at - 0x10) / 4];
                 let kind = self.word(at) & 0xf & !mask;
-                self.put(at, word & mask | kind);
+                let taken = if self.stubborn && word != u32::MAX {
+                    0
+                } else {
+                    mask
+                };
+                self.put(at, word & taken | kind);
             }
             _ => {}
         }
