@@ -142,6 +142,30 @@ fn vq_07_no_indirect_table_is_used_that_was_not_negotiated() {
 }
 
 #[test]
+fn vq_07_indirect_tables_are_given_up_with_their_feature() {
+    let world = Kind::Disk.plug_as(Over::Modern, |device| device.queue_size(4));
+    let mut driver = world.start();
+    world.work(&mut driver).unwrap();
+    // From now on the device does not offer them any more.
+    let features = world.bench.registers() + 0x10;
+    let mut halves = 0;
+    let _tap = world.bench.tap(move |access| {
+        if !access.reads(features) {
+            return None;
+        }
+        halves += 1;
+        (halves % 2 == 1).then_some(access.value & !RING_INDIRECT_DESC)
+    });
+    driver.reset().unwrap();
+    assert_eq!(
+        world.bench.device().accepted_features() & RING_INDIRECT_DESC,
+        0
+    );
+    world.work(&mut driver).unwrap();
+    world.bench.assert_rules_kept();
+}
+
+#[test]
 fn vq_08_an_indirect_table_names_no_other_table() {
     for (_, _, chain) in all_chains() {
         assert!(chain.parts.iter().all(|part| part.flags & INDIRECT == 0));
