@@ -317,3 +317,13 @@ mod tests {
         is_send_and_sync::<RamDisk>();
     }
 }
+
+/// Safe code cannot make a disk of a pointer:
+///
+/// ```compile_fail,E0599
+/// use axdriver_block::ramdisk::RamDisk;
+///
+/// let disk = RamDisk::Heap(core::ptr::slice_from_raw_parts_mut(core::ptr::dangling_mut(), 4096));
+/// ```
+#[cfg(doctest)]
+struct PointersMakeNoDisk;

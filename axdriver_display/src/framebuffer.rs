@@ -85,3 +85,16 @@ mod tests {
         assert_eq!(memory, [1, 2, 9, 4]);
     }
 }
+
+/// There is one framebuffer of a display at a time:
+///
+/// ```compile_fail,E0499
+/// use axdriver_display::DisplayDriverOps;
+///
+/// fn two(display: &mut dyn DisplayDriverOps) {
+///     let (mut one, mut other) = (display.fb(), display.fb());
+///     one.as_bytes_mut().swap_with_slice(other.as_bytes_mut());
+/// }
+/// ```
+#[cfg(doctest)]
+struct FramebuffersDoNotAlias;

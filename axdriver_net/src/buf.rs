@@ -573,3 +573,14 @@ mod tests {
         }
     }
 }
+
+/// Safe code cannot make a buffer of a pointer:
+///
+/// ```compile_fail,E0133
+/// use axdriver_net::NetBufPtr;
+/// use core::ptr::NonNull;
+///
+/// let buffer = NetBufPtr::new(NonNull::dangling(), NonNull::dangling(), 4096);
+/// ```
+#[cfg(doctest)]
+struct PointersMakeNoBuffer;
