@@ -270,6 +270,7 @@ impl<H: Hal, T: Transport> VirtIoGpuDev<H, T> {
         debug_assert!(commands.len() <= SLOTS);
         let mut tokens = [0; SLOTS];
         for ((slot, token), command) in tokens.iter_mut().enumerate().zip(commands) {
+            debug_assert!(command.payload.len() <= MAX_PAYLOAD_WORDS);
             let at = slot * SLOT_LEN;
             let len = HEADER_LEN + command.payload.len() * 4;
             self.commands.zero(at, HEADER_LEN);
