@@ -98,6 +98,8 @@ pub struct VirtIoBlkDev<H: Hal, T: Transport> {
     capacity: u64,
     /// In bytes: a power of two, at least [`SECTOR_SIZE`], and it never changes.
     block_size: usize,
+    /// Whether the device may cache writes, and can flush them. Once set, it stays.
+    can_flush: bool,
     /// The most data in one request: a multiple of `block_size`.
     max_request: usize,
 }
@@ -139,6 +141,7 @@ impl<H: Hal, T: Transport> VirtIoBlkDev<H, T> {
             request: Dma::new(STATUS + 4, BufferDirection::Both)?,
             capacity: 0,
             block_size: 0,
+            can_flush: false,
             max_request: 0,
         };
         disk.start()?;
@@ -163,7 +166,8 @@ impl<H: Hal, T: Transport> VirtIoBlkDev<H, T> {
     /// # Errors
     ///
     /// As [`try_new_with`](Self::try_new_with); [`DevError::BadState`] also if the block size
-    /// is not what it was. The driver may be reset again.
+    /// is not what it was, or if the device could flush its cache and no longer can: what was
+    /// written before may then be lost. The driver may be reset again.
     pub fn reset(&mut self) -> DevResult {
         self.start()
     }
@@ -195,7 +199,13 @@ impl<H: Hal, T: Transport> VirtIoBlkDev<H, T> {
             );
             return Err(DevError::BadState);
         }
+        let can_flush = features.contains(FLUSH);
+        if self.can_flush && !can_flush {
+            error!("virtio-blk: what was written before the reset can no longer be flushed");
+            return Err(DevError::BadState);
+        }
         self.block_size = block_size;
+        self.can_flush = can_flush;
         self.max_request = self.read_max_request(features)?;
         self.queue
             .start(self.lifecycle.transport(), features, MIN_QUEUE_SIZE)?;
@@ -430,7 +440,7 @@ impl<H: Hal, T: Transport + Send + Sync> BlockDriverOps for VirtIoBlkDev<H, T> {
 
     fn flush(&mut self) -> DevResult {
         self.lifecycle.live()?;
-        if self.lifecycle.features().contains(FLUSH) {
+        if self.can_flush {
             // 5.2.6.1: sector 0, no data.
             self.request(TYPE_FLUSH, 0, Data::None)
         } else {
@@ -443,7 +453,7 @@ impl<H: Hal, T: Transport + Send + Sync> BlockDriverOps for VirtIoBlkDev<H, T> {
     fn capabilities(&self) -> BlockCapabilities {
         BlockCapabilities::new()
             .with_read_only(self.is_read_only())
-            .with_volatile_write_cache(self.lifecycle.features().contains(FLUSH))
+            .with_volatile_write_cache(self.can_flush)
     }
 }
 

@@ -201,8 +201,9 @@ impl<H: Hal, T: Transport, const QS: usize> VirtIoNetDev<H, T, QS> {
         Ok(nic)
     }
 
-    /// Resets the device and starts it again. Frames in the queues are lost; buffers that the
-    /// caller holds stay good.
+    /// Resets the device and starts it again. Frames in the queues are lost. Buffers that the
+    /// caller holds stay valid, and are this driver's still, unless the device has a larger MTU now
+    /// than any before: then the buffers are new, and the old ones foreign.
     ///
     /// Interrupts are then off, as after [`try_new`](Self::try_new).
     ///

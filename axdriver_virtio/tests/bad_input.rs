@@ -708,3 +708,28 @@ fn frames_that_are_sent_on_as_they_were_received_use_up_no_buffer() {
         bench.assert_clean();
     }
 }
+
+#[test]
+fn a_disk_that_can_no_longer_flush_is_not_taken_to_be_durable_after_a_reset() {
+    const FLUSH: u64 = 1 << 9;
+    let bench = Over::Modern.plug(numbered_disk());
+    let mut driver = bench.disk();
+    driver.write_block(2, &[0xbb; 512]).unwrap();
+    let features = bench.registers() + 0x10;
+    let mut halves = 0;
+    let tap = bench.tap(move |access| {
+        if !access.reads(features) {
+            return None;
+        }
+        halves += 1;
+        (halves % 2 == 1).then_some(access.value & !FLUSH)
+    });
+    for _ in 0..2 {
+        assert_eq!(driver.reset(), Err(DevError::BadState));
+        assert_eq!(driver.flush(), Err(DevError::BadState));
+        assert!(driver.capabilities().volatile_write_cache);
+    }
+    drop(tap);
+    driver.reset().unwrap();
+    driver.flush().unwrap();
+}
