@@ -88,3 +88,30 @@ impl From<io::Error> for VhostUserError {
         Self::Host(error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+    use crate::qemu::QemuError;
+
+    #[test]
+    fn a_chain_of_errors_prints_each_cause_once() {
+        let cause = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let errors: [Box<dyn Error>; 3] = [
+            Box::new(VhostUserError::NotListening {
+                address: "/run/disk.sock".to_owned(),
+                source: cause(),
+            }),
+            Box::new(VhostUserError::Host(cause())),
+            Box::new(QemuError::Host(cause())),
+        ];
+        for error in errors {
+            let chain =
+                std::iter::successors(Some(&*error), |error: &&dyn Error| (*error).source());
+            let text: String = chain.map(|error| format!("{error}: ")).collect();
+            assert_eq!(text.matches(&cause().to_string()).count(), 1, "{text}");
+        }
+    }
+}

@@ -152,7 +152,7 @@ struct Common {
     options: VhostUserOptions,
     memory: Arc<Memory>,
     doorbells: Doorbells,
-    /// `None` while there is no connection that ever worked.
+    /// `None` while there is no connection that ever worked, and once the transport is dropped.
     session: Mutex<Option<Arc<Session>>>,
 }
 
@@ -169,6 +169,11 @@ impl Common {
             Some(session) => session.link.loss(),
             None => Some(Loss::Closed),
         }
+    }
+
+    /// Closes the connection from this side.
+    fn disconnect(&self) {
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Connects anew. The session before is closed.
@@ -642,6 +647,8 @@ impl Drop for VhostUserTransport {
         if self.running && self.common.loss().is_none() && self.stop().is_err() {
             log::warn!("vhost-user: the device was not stopped");
         }
+        // Handles that are left do not keep the connection.
+        self.common.disconnect();
     }
 }
 
@@ -656,7 +663,8 @@ impl VhostUserHandle {
     ///
     /// # Errors
     ///
-    /// [`VhostUserError::Disconnected`], [`VhostUserError::Silent`] or [`VhostUserError::Protocol`]: it has.
+    /// [`VhostUserError::Disconnected`], [`VhostUserError::Silent`] or [`VhostUserError::Protocol`]: it has. The first also
+    /// after the transport was dropped.
     pub fn check(&self) -> Result<(), VhostUserError> {
         match self.common.loss() {
             None => Ok(()),
