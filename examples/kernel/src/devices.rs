@@ -68,8 +68,17 @@ impl<T: Transport> Reconfigure for VirtIoNetDev<KernelHal, T, NET_QUEUE> {
 }
 
 /// Any driver of a disk.
-pub(crate) trait Disk: BlockDriverOps + Reconfigure {}
-impl<D: BlockDriverOps + Reconfigure> Disk for D {}
+pub(crate) trait Disk: BlockDriverOps + Reconfigure {
+    /// Starts the device over, after it has failed. It interrupts again.
+    fn start_over(&mut self) -> DevResult;
+}
+
+impl<T: Transport + Send + Sync> Disk for VirtIoBlkDev<KernelHal, T> {
+    fn start_over(&mut self) -> DevResult {
+        self.reset()?;
+        self.enable_interrupts().map(|_| ())
+    }
+}
 
 /// Any driver of a network card.
 pub(crate) trait Nic: NetDriverOps + Reconfigure {}

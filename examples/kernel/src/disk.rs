@@ -74,23 +74,37 @@ impl TimeSource for NoCalendar {
 /// * [`Error::Wrong`]: the file system is none, or what was read is not what was written.
 pub(crate) fn work(disk: &mut dyn BlockDriverOps) -> Result<String> {
     compare_reads(disk)?;
-    let content: Vec<u8> = (0..LENGTH)
-        .map(|index| (index * index / 7).to_le_bytes()[0])
-        .collect();
     let theirs = read_file(disk, THEIRS)?;
+    let content = content();
     write_file(disk, OURS, &content)?;
     disk.flush()
         .map_err(|error| Error::Device("the disk", error))?;
-    // Everything anew, so that nothing comes from memory.
-    if read_file(disk, OURS)? != content {
-        return Err(Error::Wrong("the file is not as it was written"));
-    }
+    check(disk)?;
     Ok(format!(
         "{THEIRS} {} bytes, sum {:08x}; {OURS} {LENGTH} bytes, sum {:08x}",
         theirs.len(),
         checksum(&theirs),
         checksum(&content),
     ))
+}
+
+/// Reads the file that [`work`] has written, with everything anew, so that nothing comes from memory.
+///
+/// # Errors
+///
+/// As [`work`].
+pub(crate) fn check(disk: &mut dyn BlockDriverOps) -> Result {
+    if read_file(disk, OURS)? != content() {
+        return Err(Error::Wrong("the file is not as it was written"));
+    }
+    Ok(())
+}
+
+/// Returns what [`work`] writes.
+fn content() -> Vec<u8> {
+    (0..LENGTH)
+        .map(|index| (index * index / 7).to_le_bytes()[0])
+        .collect()
 }
 
 /// Reads the same blocks at once and one by one. The buffer's pages are scattered, so a device gets

@@ -14,6 +14,7 @@ mod devices;
 mod disk;
 mod display;
 mod error;
+mod faults;
 mod frames;
 mod hal;
 mod heap;
@@ -89,6 +90,10 @@ fn run(boot: &Boot) -> Result {
     let mut report = Report::default();
     for disk in &mut devices.disks {
         report.work("disk", disk, |driver, _| disk::work(driver));
+        if asked("unanswered-request") {
+            faults::unanswered_request(disk)?;
+            report.work("disk", disk, |driver, _| disk::work(driver));
+        }
     }
     for display in &mut devices.displays {
         report.work("display", display, |driver, _| display::work(driver));

@@ -5,6 +5,7 @@
 //! mapping window, the heap and registers through page tables, which a few instructions walk.
 
 use core::arch::{asm, global_asm};
+use core::ffi::CStr;
 use core::time::Duration;
 
 use spin::Once;
@@ -137,6 +138,9 @@ unsafe extern "C" {
 /// What this board has where, as its device tree does not tell all of it: the tree itself, memory,
 /// the console, and the register that turns it off.
 const TREE: u64 = 0x10_0000;
+/// Where whoever starts the machine may leave a command line, as QEMU 7.2 passes none here. It ends
+/// with a 0; so does one that is not there, as memory begins as zeros.
+const COMMAND_LINE: u64 = 0x8_0000;
 const LOW_MEMORY: u64 = 0x1000_0000;
 const CONSOLE: u64 = 0x1fe0_01e0;
 const POWER: u64 = 0x100e_001c;
@@ -219,6 +223,9 @@ extern "C" fn loongarch64_start() -> ! {
     if boot.memory.is_empty() {
         boot.memory = 0..LOW_MEMORY;
     }
+    // SAFETY: that is memory, of which nothing below the kernel is put to use, and a 0 is in it.
+    let text = unsafe { CStr::from_ptr(paging::memory_at(COMMAND_LINE).cast()) };
+    boot.command_line = text.to_str().unwrap_or_default();
     crate::start(boot)
 }
 

@@ -13,8 +13,8 @@ pub(crate) struct Board {
     pub(crate) machine: &'static [&'static str],
     /// Whether the devices are on PCI, rather than on virtio-mmio.
     pub(crate) pci: bool,
-    /// Whether the kernel is told the command line.
-    pub(crate) command_line: bool,
+    /// Where in memory the command line has to be left, if QEMU does not pass it on.
+    pub(crate) command_line: Option<u64>,
     /// Whether a line that stays asserted interrupts again, as it should. QEMU 7.2's PLIC forgets to.
     pub(crate) level: bool,
     /// QEMU's exit status when the kernel says that all is well, and when it says that it is not.
@@ -39,7 +39,7 @@ pub(crate) const BOARDS: &[Board] = &[
         architecture: "x86_64",
         machine: &["-M", "q35", "-cpu", "max", "-m", "256M", "-device", PC_EXIT],
         pci: true,
-        command_line: true,
+        command_line: None,
         level: true,
         status: PC_STATUS,
     },
@@ -60,7 +60,7 @@ pub(crate) const BOARDS: &[Board] = &[
             MODERN,
         ],
         pci: false,
-        command_line: true,
+        command_line: None,
         level: true,
         status: PC_STATUS,
     },
@@ -81,7 +81,7 @@ pub(crate) const BOARDS: &[Board] = &[
             "enable=on,target=native",
         ],
         pci: false,
-        command_line: true,
+        command_line: None,
         level: true,
         status: (0, 1),
     },
@@ -100,7 +100,7 @@ pub(crate) const BOARDS: &[Board] = &[
             "enable=on,target=native",
         ],
         pci: true,
-        command_line: true,
+        command_line: None,
         level: true,
         status: (0, 1),
     },
@@ -110,7 +110,7 @@ pub(crate) const BOARDS: &[Board] = &[
         architecture: "riscv64",
         machine: &["-M", "virt", "-m", "256M", "-global", LEGACY],
         pci: false,
-        command_line: true,
+        command_line: None,
         level: false,
         status: (0, 1),
     },
@@ -120,7 +120,7 @@ pub(crate) const BOARDS: &[Board] = &[
         architecture: "riscv64",
         machine: &["-M", "virt", "-m", "256M"],
         pci: true,
-        command_line: true,
+        command_line: None,
         level: false,
         status: (0, 1),
     },
@@ -130,7 +130,7 @@ pub(crate) const BOARDS: &[Board] = &[
         architecture: "loongarch64",
         machine: &["-M", "virt", "-cpu", "la464-loongarch-cpu", "-m", "2G"],
         pci: true,
-        command_line: false,
+        command_line: Some(0x8_0000),
         level: false,
         // The machine has no way to end with a status.
         status: (0, 0),

@@ -4,7 +4,9 @@ mod boards;
 #[path = "../../src/checksum.rs"]
 mod checksum;
 mod compile;
+mod faults;
 mod image;
+mod monitor;
 mod qemu;
 mod screen;
 mod size;
@@ -12,6 +14,7 @@ mod size;
 use std::process::ExitCode;
 
 use boards::{BOARDS, Board};
+use faults::Fault;
 
 /// What can go wrong here: anything, said in a line.
 type Result<T = (), E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -86,7 +89,7 @@ fn run(boards: &[&Board]) -> Result {
     for board in boards {
         let kernel = compile::kernel(board.architecture)?;
         println!("== {}", board.name);
-        let seconds = qemu::boot(board, &kernel, qemu::Console::Shown)?;
+        let seconds = qemu::boot(board, &kernel, None, qemu::Console::Shown)?;
         println!("== {}: ok, {seconds:.1} s", board.name);
     }
     Ok(())
@@ -104,12 +107,10 @@ fn test(boards: &[&Board]) -> Result {
     for board in boards {
         let kernel = compile::kernel(board.architecture)?;
         let name = board.name;
-        note(
-            name.to_owned(),
-            qemu::boot(board, &kernel, qemu::Console::OnFailure),
-        );
-        if !board.command_line {
-            continue;
+        let boot = |fault| qemu::boot(board, &kernel, fault, qemu::Console::OnFailure);
+        note(name.to_owned(), boot(None));
+        for &fault in Fault::ALL {
+            note(format!("{name}, {}", fault.name()), boot(Some(fault)));
         }
         // Every interrupt is lost: no device may seem to work.
         let failures = ["disk ", "net ", "display "].map(|kind| format!("{kind}{}", board.place()));

@@ -2,7 +2,6 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -11,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use crate::boards::Board;
 use crate::checksum::checksum;
+use crate::faults::Fault;
+use crate::monitor::Monitor;
 use crate::{Result, compile, image, screen};
 
 /// How long a boot may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// How many of the console's last lines are shown when something is wrong.
 const LAST_LINES: usize = 25;
 /// What the kernel prints when it waits for a visitor.
@@ -35,7 +36,7 @@ pub(crate) enum Console {
 }
 
 /// QEMU, which is killed when this is dropped.
-struct Qemu {
+pub(crate) struct Qemu {
     child: Child,
     lines: Receiver<String>,
     console: Console,
@@ -52,22 +53,34 @@ impl Drop for Qemu {
     }
 }
 
-/// Boots a board, checks all that it did, and returns how many seconds it took.
+/// Boots a board, checks all that it did, and returns how many seconds it took. With a fault, the
+/// kernel must survive that.
 ///
 /// # Errors
 ///
 /// Something is wrong, or takes too long; the console's last lines are then printed.
-pub(crate) fn boot(board: &Board, kernel: &Path, console: Console) -> Result<f64> {
+pub(crate) fn boot(
+    board: &Board,
+    kernel: &Path,
+    fault: Option<Fault>,
+    console: Console,
+) -> Result<f64> {
     let directory = directory(board)?;
     let (disk, page) = (directory.join("disk.img"), directory.join("page.bin"));
     image::create(&disk)?;
     let content = bytes(PAGE, 1);
     std::fs::write(&page, &content)?;
 
-    let mut qemu = Qemu::start(board, kernel, &directory, "", console)?;
+    let command_line = fault.map_or("", Fault::command_line);
+    let mut qemu = Qemu::start(board, kernel, &directory, command_line, console)?;
     let result = (|| {
-        qemu.wait_for(READY)?;
+        // The console's first line: the monitor is there.
+        qemu.wait_for("kernel: ")?;
         let mut monitor = Monitor::connect(&directory.join("qmp"))?;
+        if let Some(fault) = fault {
+            fault.inflict(&mut qemu, &mut monitor)?;
+        }
+        qemu.wait_for(READY)?;
         let picture = directory.join("screen.ppm");
         let answer = monitor.execute(&format!(
             r#"{{"execute":"screendump","arguments":{{"filename":"{}","device":"gpu0"}}}}"#,
@@ -91,6 +104,9 @@ pub(crate) fn boot(board: &Board, kernel: &Path, console: Console) -> Result<f64
         qemu.expect(&format!("echoed {SPEECH} bytes"))?;
         qemu.expect("net: the link is up")?;
         qemu.expect(&format!("{} blocks now", RESIZED / 512))?;
+        if let Some(fault) = fault {
+            fault.check(&qemu)?;
+        }
         if qemu.said.last().is_none_or(|line| line != "kernel: ok") {
             return Err("the last line is not `kernel: ok`".into());
         }
@@ -166,9 +182,15 @@ impl Qemu {
         ]);
         command.args(["-display", "none", "-serial", "stdio"]);
         command.args(board.machine).arg("-kernel").arg(kernel);
-        if board.command_line {
-            command.args(["-append", command_line]);
-        }
+        match board.command_line {
+            None => command.args(["-append", command_line]),
+            Some(address) => {
+                let file = directory.join("command-line");
+                std::fs::write(&file, format!("{command_line}\0"))?;
+                let loader = format!("loader,addr={address:#x},force-raw=on,file=");
+                command.args(["-device", &format!("{loader}{}", file.display())])
+            }
+        };
         command
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()));
@@ -235,10 +257,15 @@ impl Qemu {
         }
     }
 
-    fn wait_for(&mut self, text: &str) -> Result {
+    /// Waits for a line that contains `text`, and returns it.
+    ///
+    /// # Errors
+    ///
+    /// QEMU ends without it, or it takes too long.
+    pub(crate) fn wait_for(&mut self, text: &str) -> Result<String> {
         while let Some(line) = self.next_line()? {
             if line.contains(text) {
-                return Ok(());
+                return Ok(line.to_owned());
             }
         }
         Err(format!("it ended without `{text}`").into())
@@ -253,7 +280,12 @@ impl Qemu {
         Ok(())
     }
 
-    fn expect(&self, text: &str) -> Result {
+    /// Checks that the console has said `text`.
+    ///
+    /// # Errors
+    ///
+    /// It has not.
+    pub(crate) fn expect(&self, text: &str) -> Result {
         if self.said.iter().any(|line| line.contains(text)) {
             return Ok(());
         }
@@ -268,58 +300,6 @@ impl Qemu {
             }
         }
         result.map(|()| self.started.elapsed().as_secs_f64())
-    }
-}
-
-/// QEMU's monitor (QMP): a line of JSON each way.
-struct Monitor {
-    lines: BufReader<UnixStream>,
-}
-
-impl Monitor {
-    fn connect(socket: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let mut monitor = Self {
-            lines: BufReader::new(stream),
-        };
-        monitor.execute(r#"{"execute":"qmp_capabilities"}"#)?;
-        Ok(monitor)
-    }
-
-    /// Executes a command and returns the line that answers it.
-    fn execute(&mut self, command: &str) -> Result<String> {
-        writeln!(self.lines.get_mut(), "{command}")?;
-        loop {
-            let mut line = String::new();
-            if self.lines.read_line(&mut line)? == 0 {
-                return Err("QEMU's monitor is gone".into());
-            }
-            // Beside answers there are greetings and events.
-            if line.starts_with(r#"{"return""#) {
-                return Ok(line);
-            }
-            if line.starts_with(r#"{"error""#) {
-                return Err(format!("{command}: {line}").into());
-            }
-        }
-    }
-
-    /// Returns the port of the host that leads to the kernel's echo server.
-    fn echo_port(&mut self) -> Result<u16> {
-        let answer = self.execute(
-            r#"{"execute":"human-monitor-command","arguments":{"command-line":"info usernet"}}"#,
-        )?;
-        // TCP[HOST_FORWARD]  12  127.0.0.1  43210  10.0.2.15  7  0  0
-        let row = answer
-            .split("TCP[HOST_FORWARD]")
-            .nth(1)
-            .ok_or("no forwarded port")?;
-        Ok(row
-            .split_whitespace()
-            .nth(2)
-            .ok_or("no forwarded port")?
-            .parse()?)
     }
 }
 
