@@ -209,7 +209,7 @@ pub(crate) fn refusal(complaint: &str, images: &[Option<PathBuf>]) -> QemuError 
             Some(ImageFault::Missing)
         } else if about(&["Permission denied", "Read-only file system"]) {
             Some(ImageFault::Permission)
-        } else if about(&["Failed to get \""]) && about(&["lock"]) {
+        } else if about(&["Failed to get "]) && about(&[" lock"]) {
             Some(ImageFault::InUse)
         } else if about(&["-blockdev"]) {
             Some(ImageFault::Format {
@@ -276,12 +276,16 @@ mod tests {
 
     #[test]
     fn a_locked_image_is_named_by_its_path() {
-        let complaint = "qemu-system-aarch64: -device virtio-blk-device,drive=disk1: Failed to get \"write\" lock\n\
-            Is another process using the image [/b.img]?";
-        assert!(matches!(
-            refusal(complaint, &images()),
-            QemuError::Image { path, fault: ImageFault::InUse } if path == *"/b.img"
-        ));
+        for lock in ["\"write\"", "shared \"write\"", "\"consistent read\""] {
+            let complaint = format!(
+                "qemu-system-aarch64: -device virtio-blk-device,drive=disk1: Failed to get {lock} lock\n\
+                Is another process using the image [/b.img]?"
+            );
+            assert!(matches!(
+                refusal(&complaint, &images()),
+                QemuError::Image { path, fault: ImageFault::InUse } if path == *"/b.img"
+            ));
+        }
     }
 
     #[test]

@@ -17,16 +17,22 @@ pub(super) fn image(bytes: &[u8]) -> Option<Image> {
         Some(number)
     };
     let (width, height, maximum) = (number()?, number()?, number()?);
-    let (separator, rgb) = rest.split_first()?;
-    let pixels = usize::try_from(width)
-        .ok()?
-        .checked_mul(usize::try_from(height).ok()?)?;
-    let (rgb, rest) = rgb.as_chunks::<3>();
-    if maximum != 255 || !separator.is_ascii_whitespace() || rgb.len() != pixels || !rest.is_empty()
-    {
+    let (separator, rows) = rest.split_first()?;
+    if maximum != 255 || !separator.is_ascii_whitespace() {
         return None;
     }
-    let rgba = rgb.iter().flat_map(|&[r, g, b]| [r, g, b, 255]).collect();
+    let (columns, lines) = (usize::try_from(width).ok()?, usize::try_from(height).ok()?);
+    let length = columns.checked_mul(3)?;
+    // QEMU 7.2 writes each row as it lies in memory: up to a multiple of 4 bytes.
+    let padded = length.checked_next_multiple_of(4)?;
+    let stride = [length, padded]
+        .into_iter()
+        .find(|stride| stride.checked_mul(lines) == Some(rows.len()))?;
+    let rgba = rows
+        .chunks_exact(stride.max(1))
+        .flat_map(|row| row[..length].as_chunks::<3>().0)
+        .flat_map(|&[r, g, b]| [r, g, b, 255])
+        .collect();
     Some(Image {
         width,
         height,
@@ -43,6 +49,12 @@ mod tests {
         let image = image(b"P6\n2 1\n255\n\x01\x02\x03\x0a\x20\x30").unwrap();
         assert_eq!((image.width, image.height), (2, 1));
         assert_eq!(image.rgba, [1, 2, 3, 255, 0x0a, 0x20, 0x30, 255]);
+    }
+
+    #[test]
+    fn what_fills_up_the_rows_is_no_pixel() {
+        let image = image(b"P6\n1 2\n255\n\x01\x02\x03\xff\x04\x05\x06\xff").unwrap();
+        assert_eq!(image.rgba, [1, 2, 3, 255, 4, 5, 6, 255]);
     }
 
     #[test]
