@@ -2,48 +2,41 @@
 
 use std::{
     fs::File,
-    io::{Read, Seek, SeekFrom},
+    io::{Seek, SeekFrom},
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
     time::Instant,
 };
 
 use anyhow::{Context, bail, ensure};
 use axdriver_block::BlockDriverOps;
-use axdriver_virtio::VirtIoBlkDev;
 use clap::Parser;
 use examples::{
-    board::{Map, Place, Transport},
+    board::{Board, BoardArgs, Device, Map, Medium, Place},
     fat::{self, BlockStream},
     partition::{self, Partition, Scheme},
     report::{self, Table},
     say, work,
 };
-use machine::{
-    Board, Disk, Installed, Machine, MachineHal, Memory,
-    memory::DEFAULT_BASE,
-    vhost_user::{Socket, VhostUserDevice, VhostUserOptions, VhostUserTransport},
-};
 
-/// Drives a raw disk image through a virtio disk, or the disk of another program through vhost-user.
+/// Drives a disk image through a virtio disk, or the disk of another program through vhost-user.
 ///
 /// Without further options, the partitions and the files of FAT file systems are listed, and nothing is written: an image
 /// is opened for reading only.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
-    /// The image: a raw one, as `truncate -s 64M disk.img` makes it.
-    #[arg(long, value_name = "PATH", required_unless_present = "vhost_user")]
+    /// The image, as `truncate -s 64M disk.img` makes it; with --board qemu it may be a qcow2 one.
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present = "socket",
+        conflicts_with = "socket"
+    )]
     disk: Option<PathBuf>,
 
-    /// The socket of a program that offers a disk by vhost-user, such as qemu-storage-daemon.
-    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["disk", "transport"])]
-    vhost_user: Option<PathBuf>,
-
-    /// How the disk is joined to the board.
-    #[arg(long, value_enum, default_value_t)]
-    transport: Transport,
+    #[command(flatten)]
+    board: BoardArgs,
 
     /// The partition to work on. Needed only where there are several with FAT.
     #[arg(long, value_name = "NUMBER")]
@@ -80,138 +73,67 @@ fn main() -> ExitCode {
     report::run(|| drive(&args))
 }
 
-/// What the driver of the disk can be started on, again and again.
-enum Link {
-    /// An emulated board with a disk.
-    Board {
-        map: Map,
-        place: Place,
-        _board: Board,
-    },
-    /// Memory that is shared with another program.
-    VhostUser {
-        socket: PathBuf,
-        memory: Arc<Memory>,
-        _installed: Installed,
-    },
+/// A disk on a board, whose driver can be started again and again.
+struct Disk {
+    map: Map,
+    place: Place,
+    /// As the user calls it.
+    name: String,
+    _board: Box<dyn Board>,
 }
 
-impl Link {
+impl Disk {
     /// Makes the board that the arguments ask for.
     fn new(args: &Args) -> anyhow::Result<Self> {
-        /// In bytes: queues, and buffers on their way.
-        const MEMORY: usize = 16 << 20;
-
-        if let Some(socket) = &args.vhost_user {
-            let memory = Memory::anonymous(DEFAULT_BASE, MEMORY)?;
-            // There are no registers: all that they would say goes over the socket.
-            let machine = Machine::new(memory.clone(), Arc::new(()));
-            return Ok(Self::VhostUser {
-                socket: socket.clone(),
-                memory,
-                _installed: machine.install(),
-            });
-        }
-        let path = args.disk.as_deref().context("no disk is named")?;
-        check_image(path)?;
         let changes = args.format || args.verify || !args.copy_in.is_empty();
-        let disk = if changes {
-            Disk::file(path)
-        } else {
-            Disk::file_read_only(path)
+        let medium = match &args.disk {
+            Some(path) => Medium::Image {
+                path: path.clone(),
+                read_only: !changes,
+            },
+            None => Medium::Elsewhere,
         };
-        let disk = disk.with_context(|| format!("cannot open {}", path.display()))?;
-        let board = args
-            .transport
-            .plug(Board::emulated().without_watch(), disk)
-            .build();
-        let board = board.context("cannot have the memory of an emulated board")?;
-        let map = Map::from(&board);
-        let found = map.probe();
-        let place = found
-            .first()
-            .context("the disk is not found on the board")?
-            .place;
-        Ok(Self::Board {
+        let board = args.board.start([Device::Disk(medium)])?;
+        let map = board.map();
+        let mut found = map.probe().into_iter();
+        let found = found.next().context("the disk is not found on the board")?;
+        let name = match &args.disk {
+            Some(path) => path.display().to_string(),
+            None => found.place.to_string(),
+        };
+        Ok(Self {
             map,
-            place,
+            place: found.place,
+            name,
             _board: board,
         })
     }
 
     fn start(&self) -> anyhow::Result<Box<dyn BlockDriverOps>> {
-        match self {
-            Self::Board { map, place, .. } => map.start_disk(*place),
-            Self::VhostUser { socket, memory, .. } => {
-                let options = VhostUserOptions::new(VhostUserDevice::Block);
-                let transport =
-                    VhostUserTransport::connect(Socket::at(socket), memory.clone(), options)?;
-                let disk = VirtIoBlkDev::<MachineHal, _>::try_new(transport);
-                Ok(Box::new(disk.with_context(|| {
-                    format!("the disk at {} does not start", socket.display())
-                })?))
-            }
-        }
+        self.map.start_disk(&self.place)
     }
 }
 
 fn drive(args: &Args) -> anyhow::Result<()> {
-    let link = Link::new(args)?;
-    let path = args
-        .disk
-        .as_ref()
-        .or(args.vhost_user.as_ref())
-        .context("no disk is named")?;
+    let disk = Disk::new(args)?;
     if args.verify {
-        return verify(&link);
+        return verify(&disk);
     }
     if args.format {
-        let mut stream = BlockStream::new(link.start()?)?;
+        let mut stream = BlockStream::new(disk.start()?)?;
         fat::format(&mut stream, "axdriver")?;
-        say!("formatted {}", path.display())?;
+        say!("formatted {}", disk.name)?;
     }
-    copy(&link, args)?;
+    copy(&disk, args)?;
     if args.copy_in.is_empty() && args.copy_out.is_empty() {
-        list(&link, path)?;
-    }
-    Ok(())
-}
-
-/// Refuses what is no raw disk image, with a reason.
-fn check_image(path: &Path) -> anyhow::Result<()> {
-    let name = path.display();
-    let mut file = File::open(path).with_context(|| format!("cannot open {name}"))?;
-    ensure!(
-        !file.metadata()?.is_dir(),
-        "{name} is a directory, not a disk image"
-    );
-    let size = file
-        .seek(SeekFrom::End(0))
-        .with_context(|| format!("cannot tell the size of {name}"))?;
-    ensure!(
-        size >= 512,
-        "{name} is no disk image: it has {size} bytes, less than a block of 512"
-    );
-    file.rewind()?;
-    let mut magic = [0; 4];
-    file.read_exact(&mut magic)
-        .with_context(|| format!("cannot read {name}"))?;
-    ensure!(
-        magic != *b"QFI\xfb",
-        "{name} is a qcow2 image, only raw ones are understood: `qemu-img convert -O raw {name} disk.img` makes one"
-    );
-    if !size.is_multiple_of(512) {
-        log::warn!(
-            "the last {} bytes of {name} are no whole block, and are not on the disk",
-            size % 512
-        );
+        list(&disk)?;
     }
     Ok(())
 }
 
 /// Prints what is on the disk.
-fn list(link: &Link, path: &Path) -> anyhow::Result<()> {
-    let mut disk = link.start()?;
+fn list(on: &Disk) -> anyhow::Result<()> {
+    let mut disk = on.start()?;
     let (blocks, block_size) = (disk.num_blocks(), disk.block_size());
     let size = report::size(blocks.saturating_mul(block_size as u64));
     let access = if disk.capabilities().read_only {
@@ -221,19 +143,15 @@ fn list(link: &Link, path: &Path) -> anyhow::Result<()> {
     };
     say!(
         "{}: {size}, {blocks} blocks of {block_size} bytes, {access}",
-        path.display()
+        on.name
     )?;
 
     let (scheme, partitions) = partition::read_table(&mut disk)?;
     say!("{scheme}")?;
     if scheme == Scheme::Whole {
         let volume = print_volume(&mut BlockStream::new(disk)?, "the whole disk");
-        return volume.with_context(|| {
-            format!(
-                "{} holds no partition table, and no file system",
-                path.display()
-            )
-        });
+        return volume
+            .with_context(|| format!("{} holds no partition table, and no file system", on.name));
     }
     let mut table = Table::new(["number", "first block", "blocks", "size", "type", "name"]);
     for Partition {
@@ -304,11 +222,11 @@ fn print_files(entries: &[fat::Entry]) -> anyhow::Result<()> {
 }
 
 /// Copies files as asked.
-fn copy(link: &Link, args: &Args) -> anyhow::Result<()> {
+fn copy(disk: &Disk, args: &Args) -> anyhow::Result<()> {
     if args.copy_in.is_empty() && args.copy_out.is_empty() {
         return Ok(());
     }
-    let mut stream = open_volume(link, args)?;
+    let mut stream = open_volume(disk, args)?;
     for pair in args.copy_in.chunks_exact(2) {
         let (source, target) = (&pair[0], disk_path(&pair[1])?);
         let mut file =
@@ -362,8 +280,8 @@ fn disk_path(path: &Path) -> anyhow::Result<&str> {
 }
 
 /// Opens the part of the disk with the FAT file system that is meant.
-fn open_volume(link: &Link, args: &Args) -> anyhow::Result<BlockStream<Box<dyn BlockDriverOps>>> {
-    let mut disk = link.start()?;
+fn open_volume(on: &Disk, args: &Args) -> anyhow::Result<BlockStream<Box<dyn BlockDriverOps>>> {
+    let mut disk = on.start()?;
     let (scheme, partitions) = partition::read_table(&mut disk)?;
     if scheme == Scheme::Whole && args.partition.is_none() {
         return Ok(BlockStream::new(disk)?);
@@ -401,8 +319,8 @@ fn open_volume(link: &Link, args: &Args) -> anyhow::Result<BlockStream<Box<dyn B
 }
 
 /// Fills the disk, starts the driver afresh, and compares.
-fn verify(link: &Link) -> anyhow::Result<()> {
-    let mut disk = link.start()?;
+fn verify(on: &Disk) -> anyhow::Result<()> {
+    let mut disk = on.start()?;
     let bytes = disk.num_blocks().saturating_mul(disk.block_size() as u64);
     for step in [work::Step::Fill, work::Step::Check] {
         let bar = report::progress(bytes, step.name());
@@ -416,7 +334,7 @@ fn verify(link: &Link) -> anyhow::Result<()> {
             report::rate(bytes, start.elapsed())
         )?;
         drop(disk);
-        disk = link.start()?;
+        disk = on.start()?;
     }
     say!("all {} blocks hold what was written", disk.num_blocks())?;
     Ok(())

@@ -7,12 +7,11 @@ use axdriver_display::DisplayDriverOps;
 use clap::Parser;
 use embedded_graphics::prelude::Size;
 use examples::{
-    board::{self, Map, Transport},
+    board::{BoardArgs, Device},
     image::Image,
     picture::TestCard,
     report, say, work,
 };
-use machine::{Board, Display};
 
 /// Draws on a virtio display, and saves what it shows as a PNG.
 #[derive(Debug, Parser)]
@@ -30,9 +29,8 @@ struct Args {
     #[arg(long, value_name = "PNG", default_value = "target/display.png")]
     out: PathBuf,
 
-    /// How the display is joined to the board.
-    #[arg(long, value_enum, default_value_t)]
-    transport: Transport,
+    #[command(flatten)]
+    board: BoardArgs,
 
     /// Shows what the drivers log. Twice: all of it.
     #[arg(short, long, action = clap::ArgAction::Count)]
@@ -65,22 +63,14 @@ fn show(args: &Args) -> anyhow::Result<()> {
         .map(|path| Image::load(path)?.fitted(args.size))
         .transpose()?;
 
-    let screen = Display::new(args.size.width, args.size.height);
-    let framebuffer = args.size.width as usize * args.size.height as usize * 4;
-    // Beside the framebuffer, a driver has queues and commands in memory.
-    let memory = (framebuffer + (4 << 20)).next_multiple_of(machine::memory::PAGE_SIZE);
-    let board = args
-        .transport
-        .plug(Board::emulated().memory(memory), &screen)
-        .build();
-    let board =
-        board.with_context(|| format!("cannot have a board with {memory} bytes of memory"))?;
-    let map = Map::from(&board);
+    let Size { width, height } = args.size;
+    let board = args.board.start([Device::Display { width, height }])?;
+    let map = board.map();
     let found = map.probe();
     let found = found
         .first()
         .context("the display is not found on the board")?;
-    let mut display = map.start_display(found.place)?;
+    let mut display = map.start_display(&found.place)?;
     let info = display.info();
     say!(
         "{} over {} at {}: {} x {} pixels",
@@ -103,7 +93,7 @@ fn show(args: &Args) -> anyhow::Result<()> {
             )?;
         }
     }
-    let shown = board::picture(&screen.image())?;
+    let shown = board.screen(&found.place)?;
     ensure!(
         shown.pixel(info.width - 1, info.height - 1).is_some(),
         "the display shows a smaller picture than it should"

@@ -1,10 +1,8 @@
-//! Two NICs on a cable, with ping times and throughput; or one NIC whose cable ends at a TAP interface of the host.
+//! Two NICs on a cable, with ping times and throughput; or one NIC that answers whoever is at the other end.
 
 use std::{
     net::Ipv4Addr,
     process::ExitCode,
-    rc::Rc,
-    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -12,27 +10,25 @@ use anyhow::{Context, ensure};
 use axdriver_net::{NetDriverOps, smoltcp::SmoltcpDevice};
 use clap::Parser;
 use examples::{
-    board::{Map, Transport},
+    board::{Board, BoardArgs, Device, FarEnd, Place},
     http,
     report::{self, Durations},
     say,
     stack::Stack,
-    tap::Tap,
-    time::{HostClock, SimulatedClock, Time},
+    time::Time,
 };
-use machine::{Board, Cable, Nic};
+use machine::Machine;
 use smoltcp::{time::Instant as NetworkInstant, wire::Ipv4Cidr};
 
 /// Drives virtio NICs.
 ///
-/// Without --tap, two NICs are joined by a cable, each with a network stack of its own: ping times and the throughput of
-/// TCP are measured.
+/// Two NICs are joined by a cable, each with a network stack of its own: ping times and the throughput of TCP are
+/// measured. With --tap, or with --board vhost-user and one socket, a NIC answers whoever is at the other end.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
-    /// How the NICs are joined to the board.
-    #[arg(long, value_enum, default_value_t)]
-    transport: Transport,
+    #[command(flatten)]
+    board: BoardArgs,
 
     /// How many pings of each size to send.
     #[arg(
@@ -48,15 +44,15 @@ struct Args {
     fetch: u32,
 
     /// Joins a TAP interface of the host instead, and answers its pings and its requests for pages.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", conflicts_with = "socket")]
     tap: Option<String>,
 
-    /// The address to answer under, with --tap.
+    /// The address to answer under.
     #[arg(long, value_name = "ADDRESS/PREFIX", default_value = "192.168.69.1/24", value_parser = parse_address)]
     address: Ipv4Cidr,
 
-    /// Ends after so many seconds, with --tap. Without it, Ctrl-C ends.
-    #[arg(long, value_name = "COUNT", requires = "tap")]
+    /// Answers for so many seconds. Without it, Ctrl-C ends.
+    #[arg(long, value_name = "COUNT")]
     seconds: Option<u64>,
 
     /// Shows what the drivers log. Twice: all of it.
@@ -80,22 +76,30 @@ const PAGE: &str = "<!doctype html>\n<title>axdriver</title>\n<p>This page came 
 fn main() -> ExitCode {
     let args = Args::parse();
     report::log_to_stderr(args.verbose);
-    report::run(|| match &args.tap {
-        Some(name) => serve_tap(&args, name),
-        None => measure(&args),
+    report::run(|| match (&args.tap, args.board.socket.as_slice()) {
+        (Some(name), _) => serve(&args, FarEnd::Tap(name.clone()), name),
+        (None, [socket]) => {
+            let name = socket.display().to_string();
+            serve(&args, FarEnd::Elsewhere, &name)
+        }
+        _ => measure(&args),
     })
 }
 
 type NicStack<T> = Stack<SmoltcpDevice<Box<dyn NetDriverOps>>, T>;
 
-/// Starts the NICs of a board, each with a network stack.
-fn start_stacks<T: Time>(
-    map: &Map,
-    mut time: impl FnMut() -> T,
-) -> anyhow::Result<Vec<NicStack<T>>> {
-    let mut stacks = Vec::new();
+/// A NIC of a board, with a network stack.
+struct Host {
+    place: Place,
+    stack: NicStack<Box<dyn Time>>,
+}
+
+/// Starts the NICs of a board.
+fn start_hosts(board: &dyn Board) -> anyhow::Result<Vec<Host>> {
+    let map = board.map();
+    let mut hosts = Vec::new();
     for found in map.probe() {
-        let nic = map.start_nic(found.place)?;
+        let nic = map.start_nic(&found.place)?;
         let mac = nic.mac_address();
         say!(
             "{} over {} at {}: {mac}",
@@ -103,26 +107,30 @@ fn start_stacks<T: Time>(
             found.transport,
             found.place
         )?;
-        stacks.push(Stack::new(SmoltcpDevice::new(nic), mac.0, time()));
+        let time = board.network_time(&found.place)?;
+        hosts.push(Host {
+            place: found.place,
+            stack: Stack::new(SmoltcpDevice::new(nic), mac.0, time),
+        });
     }
-    Ok(stacks)
+    Ok(hosts)
 }
 
 /// A clock that stands while the other host has something to do.
 struct OtherHost {
-    clock: SimulatedClock,
-    host: NicStack<SimulatedClock>,
+    time: Box<dyn Time>,
+    host: NicStack<Box<dyn Time>>,
 }
 
 impl Time for OtherHost {
     fn now(&self) -> NetworkInstant {
-        self.clock.now()
+        self.time.now()
     }
 
     fn pass(&mut self, until: Option<NetworkInstant>) {
         if !self.host.poll() {
             let until = [until, self.host.poll_at()].into_iter().flatten().min();
-            self.clock.advance(until);
+            self.time.pass(until);
         }
     }
 }
@@ -133,23 +141,20 @@ fn measure(args: &Args) -> anyhow::Result<()> {
     const HERE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
     const THERE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 
-    let [one, other] = [1, 2].map(|number| Nic::new([0x02, 0, 0, 0, 0, number]));
-    Cable::join(&one, &other);
-    let builder = args.transport.plug(Board::emulated().without_watch(), &one);
     let board = args
-        .transport
-        .plug(builder, &other)
-        .build()
-        .context("cannot have the memory of an emulated board")?;
-    let map = Map::from(&board);
-    let clock = SimulatedClock::new();
-
-    let mut stacks = start_stacks(&map, || clock.clone())?;
-    let mut there = stacks.pop().context("the second NIC is not found")?;
+        .board
+        .start([Device::Nic(FarEnd::OtherNic), Device::Nic(FarEnd::OtherNic)])?;
+    let mut hosts = start_hosts(board.as_ref())?;
+    let Host { stack, .. } = hosts.pop().context("the second NIC is not found")?;
+    let mut there = stack;
     there.set_address(Ipv4Cidr::new(THERE, PREFIX), None)?;
     there.serve(PAGE);
-    let here = stacks.pop().context("the first NIC is not found")?;
-    let mut here = here.with_time(OtherHost { clock, host: there });
+    let Host { place, stack } = hosts.pop().context("the first NIC is not found")?;
+    let time = OtherHost {
+        time: board.network_time(&place)?,
+        host: there,
+    };
+    let mut here = stack.with_time(time);
     here.set_address(Ipv4Cidr::new(HERE, PREFIX), None)?;
 
     for len in [56, 1472] {
@@ -164,7 +169,7 @@ fn measure(args: &Args) -> anyhow::Result<()> {
 
     let bytes = u64::from(args.fetch) << 20;
     let bar = report::progress(bytes, "fetching");
-    let before = (one.counters(), board.machine().accesses());
+    let before = (board.work(&place), register_writes());
     let mut received = 0;
     let start = Instant::now();
     let status = here.fetch(THERE, http::PORT, &format!("/bytes/{bytes}"), &mut |part| {
@@ -176,84 +181,37 @@ fn measure(args: &Args) -> anyhow::Result<()> {
     let elapsed = start.elapsed();
     bar.finish_and_clear();
     ensure!(status == 200, "the page is answered with status {status}");
-    let (counters, accesses) = (one.counters(), board.machine().accesses());
-    let frames = counters.sent - before.0.sent + counters.received - before.0.received;
-    let writes = accesses.writes - before.1.writes;
+    let after = (board.work(&place), register_writes());
+    let mut details = String::new();
+    if let (Some(before), Some(after)) = (before.0, after.0) {
+        let (frames, dropped) = (after.done - before.done, after.dropped);
+        details = format!("; {frames} frames, {dropped} frames dropped");
+    }
+    if after.1 > before.1 {
+        details += &format!("; {} register writes", after.1 - before.1);
+    }
     say!(
-        "{} over TCP: {}; {frames} frames, {writes} register writes, {} frames dropped",
+        "{} over TCP: {}{details}",
         report::size(received),
-        report::rate(received, elapsed),
-        counters.dropped
+        report::rate(received, elapsed)
     )?;
     Ok(())
 }
 
-/// The other end of a NIC's cable at the host.
-struct TapPeer {
-    tap: Tap,
-    /// Why frames no longer pass.
-    error: Option<std::io::Error>,
+/// Returns how many registers were written so far.
+fn register_writes() -> u64 {
+    Machine::current().map_or(0, |machine| machine.accesses().writes)
 }
 
-impl machine::Peer for TapPeer {
-    fn receive(&mut self, frame: &[u8]) {
-        if let Err(error) = self.tap.send(frame) {
-            self.error = Some(error);
-        }
-    }
-
-    fn transmit(&mut self) -> Option<Vec<u8>> {
-        let mut frame = vec![0; 1514];
-        match self.tap.receive(&mut frame) {
-            Ok(Some(length)) => {
-                frame.truncate(length);
-                Some(frame)
-            }
-            Ok(None) => None,
-            Err(error) => {
-                self.error = Some(error);
-                None
-            }
-        }
-    }
-}
-
-/// The host's clock, which lets the board look at its cables as it goes.
-struct TapTime {
-    clock: HostClock,
-    board: Rc<Board>,
-}
-
-impl Time for TapTime {
-    fn now(&self) -> NetworkInstant {
-        self.clock.now()
-    }
-
-    fn pass(&mut self, until: Option<NetworkInstant>) {
-        self.clock.pass(until);
-        self.board.run();
-    }
-}
-
-/// Answers what comes over a TAP interface.
-fn serve_tap(args: &Args, name: &str) -> anyhow::Result<()> {
-    let tap = Tap::open(name)?;
-    let nic = Nic::new([0x02, 0, 0, 0, 0, 1]);
-    let peer: Arc<Mutex<TapPeer>> = nic.attach(TapPeer { tap, error: None });
-    let board = args.transport.plug(Board::emulated(), &nic).build();
-    let board = Rc::new(board.context("cannot have the memory of an emulated board")?);
-    let map = Map::from(&*board);
-    let time = || TapTime {
-        clock: HostClock,
-        board: board.clone(),
-    };
-    let mut stack = start_stacks(&map, time)?
-        .pop()
-        .context("the NIC is not found")?;
+/// Answers whoever is at the other end of the cable.
+fn serve(args: &Args, far_end: FarEnd, name: &str) -> anyhow::Result<()> {
+    let board = args.board.start([Device::Nic(far_end)])?;
+    let mut hosts = start_hosts(board.as_ref())?;
+    let Host { place, mut stack } = hosts.pop().context("the NIC is not found")?;
     stack.set_address(args.address, None)?;
     stack.serve(PAGE);
     say!(
-        "answering pings and http://{}/ on {name}; the host needs an address in that network",
+        "answering pings and http://{}/ on {name}; the other end needs an address in that network",
         args.address.address()
     )?;
 
@@ -267,20 +225,10 @@ fn serve_tap(args: &Args, name: &str) -> anyhow::Result<()> {
             served = stack.served();
             say!("served {served} pages")?;
         }
-        let error = peer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .error
-            .take();
-        if let Some(error) = error {
-            // A frame for an interface that is down is lost, as on a cable that is not plugged in.
-            ensure!(error.raw_os_error() == Some(libc::EIO), "{name}: {error}");
-        }
+        board.check().with_context(|| name.to_owned())?;
     }
-    say!(
-        "{} frames sent, {} received",
-        nic.counters().sent,
-        nic.counters().received
-    )?;
+    if let Some(work) = board.work(&place) {
+        say!("{} frames sent and received", work.done)?;
+    }
     Ok(())
 }

@@ -3,10 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use examples::{
-    board::{BoardKind, Variant},
-    registers, report, say,
-};
+use examples::{board::BoardKind, registers, report, say};
 
 /// Prints what the virtio devices of a board say of themselves. No driver is started, no status is written.
 #[derive(Debug, Parser)]
@@ -28,11 +25,11 @@ fn main() -> ExitCode {
 }
 
 fn probe(kind: BoardKind) -> anyhow::Result<()> {
-    for variant in [Variant::Modern, Variant::Legacy] {
-        let board = kind.start(variant, b"")?;
+    for variant in kind.variants() {
+        let board = kind.start(&variant.everything(b""))?;
         let map = board.map();
         let found = map.probe();
-        say!("{}: {} devices\n", board.title(), found.len())?;
+        say!("{}, devices: {}\n", board.title(), found.len())?;
         for device in found {
             say!("{}", registers::describe(&map, &device)?)?;
         }

@@ -7,7 +7,7 @@ use axdriver_base::DeviceType;
 use clap::Parser;
 use embedded_graphics::Drawable;
 use examples::{
-    board::{Board, BoardKind, Found, Map, Variant},
+    board::{Board, BoardKind, Found, Map},
     http,
     image::Image,
     picture::TestCard,
@@ -46,9 +46,10 @@ fn tour(args: &Args) -> anyhow::Result<()> {
     fs::create_dir_all(&args.out)
         .with_context(|| format!("cannot create {}", args.out.display()))?;
     let mut summary = Vec::new();
-    for variant in [Variant::Modern, Variant::Legacy] {
-        let mut board = args.board.start(variant, PAGE.as_bytes())?;
-        visit(board.as_mut(), args, &mut summary)?;
+    for variant in args.board.variants() {
+        let plan = variant.everything(PAGE.as_bytes());
+        let board = args.board.start(&plan)?;
+        visit(board.as_ref(), args, &mut summary)?;
     }
     let failed = summary.iter().filter(|(_, result)| result.is_err()).count();
     let width = summary
@@ -70,7 +71,7 @@ fn tour(args: &Args) -> anyhow::Result<()> {
 type Outcome = (String, anyhow::Result<()>);
 
 /// Finds the devices of a board, and has each do its work.
-fn visit(board: &mut dyn Board, args: &Args, summary: &mut Vec<Outcome>) -> anyhow::Result<()> {
+fn visit(board: &dyn Board, args: &Args, summary: &mut Vec<Outcome>) -> anyhow::Result<()> {
     let map = board.map();
     let found = map.probe();
     let mut table = Table::new(["transport", "place", "type", "name", "what it has"]);
@@ -97,7 +98,7 @@ fn visit(board: &mut dyn Board, args: &Args, summary: &mut Vec<Outcome>) -> anyh
         let name = format!("{} over {}", kind(device.device_type), device.transport);
         let start = Instant::now();
         let result = match device.device_type {
-            DeviceType::Block => work::keep_files(&mut || map.start_disk(device.place)),
+            DeviceType::Block => work::keep_files(&mut || map.start_disk(&device.place)),
             DeviceType::Net => fetch(board, &map, &device),
             _ => show(board, &map, &device, args),
         };
@@ -127,11 +128,11 @@ fn kind(device_type: DeviceType) -> &'static str {
 }
 
 /// Gets an address and a page from the other end of the cable.
-fn fetch(board: &mut dyn Board, map: &Map, device: &Found) -> anyhow::Result<String> {
-    let nic = map.start_nic(device.place)?;
+fn fetch(board: &dyn Board, map: &Map, device: &Found) -> anyhow::Result<String> {
+    let nic = map.start_nic(&device.place)?;
     work::fetch_page(
         nic,
-        board.network_time(device.place)?,
+        board.network_time(&device.place)?,
         http::PORT,
         "/",
         PAGE.as_bytes(),
@@ -139,8 +140,8 @@ fn fetch(board: &mut dyn Board, map: &Map, device: &Found) -> anyhow::Result<Str
 }
 
 /// Draws the test card, and saves and checks what the display shows of it.
-fn show(board: &mut dyn Board, map: &Map, device: &Found, args: &Args) -> anyhow::Result<String> {
-    let mut display = map.start_display(device.place)?;
+fn show(board: &dyn Board, map: &Map, device: &Found, args: &Args) -> anyhow::Result<String> {
+    let mut display = map.start_display(&device.place)?;
     let info = display.info();
     let transport = device.transport;
     let detail = format!(
@@ -155,7 +156,7 @@ fn show(board: &mut dyn Board, map: &Map, device: &Found, args: &Args) -> anyhow
     };
     work::draw(display.as_mut(), &card)?;
 
-    let shown = board.screen(device.place)?;
+    let shown = board.screen(&device.place)?;
     let file_name = format!("display {transport}.png")
         .replace(' ', "-")
         .to_lowercase();

@@ -8,11 +8,11 @@ use std::fmt::Write as _;
 use anyhow::{Context, ensure};
 use axdriver_base::DeviceType;
 use axdriver_net::EthernetAddress;
-use axdriver_virtio::pci::DeviceFunction;
+use axdriver_virtio::{Transport, pci::DeviceFunction};
 use machine::{Machine, RegisterBus};
 
 use crate::{
-    board::{Found, Map, Place},
+    board::{Found, Map, Place, SocketDevice},
     report,
 };
 
@@ -138,24 +138,63 @@ pub fn describe(map: &Map, found: &Found) -> anyhow::Result<String> {
     let machine = Machine::current().context("no board is installed")?;
     let bus = machine.bus().as_ref();
     let mut text = String::new();
-    let (features, config) = match found.place {
-        Place::Mmio { base, .. } => describe_mmio(bus, base, &mut text)?,
+    let (features, config) = match &found.place {
+        Place::Mmio { base, .. } => describe_mmio(bus, *base, &mut text)?,
         Place::Pci(function) => {
             let ecam = map.pci.as_ref().context("the board has no PCI root")?.ecam;
-            describe_pci(bus, ecam, function, &mut text)?
+            describe_pci(bus, ecam, *function, &mut text)?
+        }
+        Place::Socket(socket) => {
+            return describe_socket(map.socket(socket)?, found, text);
         }
     };
+    describe_features(found.device_type, features, text, &|offset, width| {
+        bus.read(config + offset, width)
+    })
+}
+
+/// Adds the features, and the configuration that `read` reads.
+fn describe_features(
+    device_type: DeviceType,
+    features: u64,
+    mut text: String,
+    read: &dyn Fn(u64, u8) -> u64,
+) -> anyhow::Result<String> {
     writeln!(
         text,
         "  features  {}",
-        feature_names(found.device_type, features).join(", ")
+        feature_names(device_type, features).join(", ")
     )?;
-    for line in describe_config(found.device_type, features, &|offset, width| {
-        bus.read(config + offset, width)
-    }) {
+    for line in describe_config(device_type, features, read) {
         writeln!(text, "  config    {line}")?;
     }
     Ok(text)
+}
+
+/// Describes a device of another program's, which says over the socket what others say in registers.
+fn describe_socket(
+    device: &SocketDevice,
+    found: &Found,
+    mut text: String,
+) -> anyhow::Result<String> {
+    let mut transport = device.connect()?;
+    writeln!(text, "vhost-user {}", found.place)?;
+    let status = transport.get_status().bits();
+    writeln!(text, "  status    {}", status_names(status.into()))?;
+    let queues: Vec<u64> = (0..MAX_QUEUES)
+        .map(|queue| transport.max_queue_size(queue).into())
+        .take_while(|size| *size != 0)
+        .collect();
+    writeln!(text, "  queues    {}", queue_sizes(&queues))?;
+    let features = transport.read_device_features();
+    describe_features(found.device_type, features, text, &|offset, width| {
+        let byte = |index: u64| {
+            let offset = usize::try_from(offset + index).unwrap_or(usize::MAX);
+            let byte = transport.read_config_space::<u8>(offset);
+            u64::from(byte.unwrap_or(u8::MAX)) << (8 * index)
+        };
+        (0..width.into()).map(byte).sum()
+    })
 }
 
 /// Returns the features and the address of the device's own configuration.

@@ -1,6 +1,8 @@
-//! A directory for files that are of no use after the run.
+//! Files that are of no use after the run.
 
 use std::{
+    fs::File,
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -40,5 +42,54 @@ impl Drop for Scratch {
         if let Err(error) = std::fs::remove_dir_all(&self.path) {
             log::warn!("cannot remove {}: {error}", self.path.display());
         }
+    }
+}
+
+/// A file that other programs can open as long as this process has it, and that is gone after that however the process ends.
+#[derive(Debug)]
+pub struct UnnamedFile(File);
+
+impl UnnamedFile {
+    /// Makes a file of `size` bytes, all 0.
+    ///
+    /// # Errors
+    ///
+    /// The directory for temporary files cannot be written.
+    pub fn new(size: u64) -> anyhow::Result<Self> {
+        let directory = Scratch::new("file")?;
+        let path = directory.path().join("unnamed");
+        let make = || {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(&path)?;
+            file.set_len(size)?;
+            Ok::<_, std::io::Error>(file)
+        };
+        Ok(Self(make().with_context(|| {
+            format!("cannot create {}", path.display())
+        })?))
+    }
+
+    /// Returns where others find it: Linux has a path for each open file.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_without_a_name_is_found_by_its_path() {
+        let file = UnnamedFile::new(5).unwrap();
+        std::fs::write(file.path(), "ab").unwrap();
+        assert_eq!(std::fs::read(file.path()).unwrap(), b"ab");
+        let path = file.path();
+        drop(file);
+        assert!(std::fs::read(path).is_err());
     }
 }

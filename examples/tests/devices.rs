@@ -14,7 +14,7 @@ const TRANSPORTS: [Transport; 3] = [Transport::Mmio, Transport::LegacyMmio, Tran
 fn disk_on(transport: Transport, disk: &Disk) -> (Board, Map, Place) {
     let board = transport.plug(Board::emulated(), disk).build().unwrap();
     let map = Map::from(&board);
-    let place = map.probe()[0].place;
+    let place = map.probe()[0].place.clone();
     (board, map, place)
 }
 
@@ -23,7 +23,7 @@ fn a_device_in_use_goes_on_while_it_is_described() {
     for transport in TRANSPORTS {
         let disk = Disk::memory(1 << 20);
         let (board, map, place) = disk_on(transport, &disk);
-        let mut driver = map.start_disk(place).unwrap();
+        let mut driver = map.start_disk(&place).unwrap();
         let status = board.device(0).status();
         for found in map.probe() {
             let text = registers::describe(&map, &found).unwrap();
@@ -41,7 +41,7 @@ fn files_are_kept_on_each_transport_and_no_page_is_lost() {
     for transport in TRANSPORTS {
         let disk = Disk::memory(4 << 20);
         let (board, map, place) = disk_on(transport, &disk);
-        work::keep_files(&mut || map.start_disk(place)).unwrap();
+        work::keep_files(&mut || map.start_disk(&place)).unwrap();
         // What was flushed is there after a power cut.
         assert_eq!(disk.unflushed_sectors(), 0);
         assert_eq!(board.memory().counters().pages_live, 0);
@@ -53,7 +53,7 @@ fn files_are_kept_on_each_transport_and_no_page_is_lost() {
 fn a_read_only_disk_keeps_no_files_and_says_why() {
     let disk = Disk::memory(4 << 20).read_only();
     let (_board, map, place) = disk_on(Transport::Pci, &disk);
-    let error = work::keep_files(&mut || map.start_disk(place)).unwrap_err();
+    let error = work::keep_files(&mut || map.start_disk(&place)).unwrap_err();
     assert!(format!("{error:#}").contains("read-only"), "{error:#}");
 }
 
@@ -61,7 +61,7 @@ fn a_read_only_disk_keeps_no_files_and_says_why() {
 fn a_disk_that_loses_a_block_is_found_out() {
     let disk = Disk::memory(1 << 20);
     let (_board, map, place) = disk_on(Transport::Pci, &disk);
-    let mut driver = map.start_disk(place).unwrap();
+    let mut driver = map.start_disk(&place).unwrap();
     work::verify(&mut driver, work::Step::Fill, &mut |_| {}).unwrap();
     let mut contents = disk.contents().unwrap();
     // Two blocks changed places.
@@ -78,8 +78,8 @@ fn a_device_that_vanishes_is_an_error_and_not_a_hang() {
         let disk = Disk::memory(4 << 20);
         let (board, map, place) = disk_on(transport, &disk);
         board.device(0).vanish();
-        assert!(map.start_disk(place).is_err());
-        assert!(work::keep_files(&mut || map.start_disk(place)).is_err());
+        assert!(map.start_disk(&place).is_err());
+        assert!(work::keep_files(&mut || map.start_disk(&place)).is_err());
         assert!(map.probe().is_empty());
     }
 }
@@ -91,7 +91,7 @@ fn lies_of_a_disk_end_in_an_error_or_in_good_files() {
         let (board, map, place) = disk_on(Transport::Mmio, &disk);
         board.device(0).misbehave(Hostile::seed(seed));
         // A driver that has failed ends the work; what it gave before was right, or the comparison would say so.
-        let result = work::keep_files(&mut || map.start_disk(place));
+        let result = work::keep_files(&mut || map.start_disk(&place));
         if let Err(error) = result {
             assert!(
                 !format!("{error:#}").contains("not what was written"),
@@ -103,8 +103,10 @@ fn lies_of_a_disk_end_in_an_error_or_in_good_files() {
 
 #[test]
 fn both_variants_of_the_board_have_their_devices() {
-    let devices = |variant| {
-        let board = BoardKind::Emulated.start(variant, b"page").unwrap();
+    let devices = |variant: Variant| {
+        let board = BoardKind::Emulated
+            .start(&variant.everything(b"page"))
+            .unwrap();
         let map = board.map();
         let found = map.probe();
         for device in &found {

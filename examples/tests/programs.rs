@@ -445,16 +445,18 @@ fn a_disk_of_another_program_is_driven_through_vhost_user() {
     let image = make_image(&directory);
     let socket = directory.path().join("disk.sock");
     let path = socket.to_str().unwrap();
-    let error = fail("block", &["--vhost-user", path]);
+    let error = fail("block", &["--board", "vhost-user", "--socket", path]);
     assert!(error.contains("disk.sock"), "{error}");
     let daemon = StorageDaemon::start(&image, &socket);
-    let said = succeed("block", &["--vhost-user", path]);
+    let said = succeed("block", &["--board", "vhost-user", "--socket", path]);
     assert!(said.contains("6  hello.txt"), "{said}");
     let source = directory.path().join("hello.txt");
     succeed(
         "block",
         &[
-            "--vhost-user",
+            "--board",
+            "vhost-user",
+            "--socket",
             path,
             "--copy-in",
             source.to_str().unwrap(),
@@ -476,7 +478,7 @@ fn two_nics_on_a_cable_are_measured() {
         assert!(said.contains("5 pings of 56 bytes: min "), "{said}");
         assert!(said.contains("5 pings of 1472 bytes: min "), "{said}");
         assert!(
-            said.contains("1 MiB over TCP: ") && said.contains(" 0 frames dropped"),
+            said.contains("1 MiB over TCP: ") && said.contains(" 0 frames dropped;"),
             "{said}"
         );
     }
@@ -524,4 +526,164 @@ fn interrupts_wake_the_drivers_and_nothing_is_polled() {
             "{said}"
         );
     }
+}
+
+/// Leaves a test of QEMU's devices, with a line that says so, where QEMU is missing.
+macro_rules! need_qemu {
+    () => {
+        if let Some(why) = QemuBoard::missing(QemuMachine::Aarch64Virt) {
+            eprintln!("{why}");
+            return;
+        }
+    };
+}
+
+#[test]
+fn files_go_in_and_out_of_raw_and_qcow2_images_on_qemu() {
+    need_qemu!();
+    let directory = Scratch::new("block").unwrap();
+    let raw = make_image(&directory);
+    let qcow2 = directory.path().join("disk.qcow2");
+    let qcow2 = qcow2.to_str().unwrap();
+    let convert = |from: &str, to: &str, format: &str| {
+        let mut image = Command::new("qemu-img");
+        image.args(["convert", "-O", format, from, to]);
+        assert!(image.status().unwrap().success());
+    };
+    convert(&raw, qcow2, "qcow2");
+    let source = directory.path().join("hello.txt");
+    let source = source.to_str().unwrap();
+    for transport in ["pci", "mmio", "legacy-mmio"] {
+        let board = ["--board", "qemu", "--transport", transport];
+        for image in [raw.as_str(), qcow2] {
+            let said = succeed("block", &[&board[..], &["--disk", image]].concat());
+            assert!(said.contains("blocks of 512 bytes, read-only"), "{said}");
+            assert!(said.contains("6  hello.txt"), "{said}");
+            let copy = ["--disk", image, "--copy-in", source, transport];
+            succeed("block", &[&board[..], &copy].concat());
+        }
+    }
+    // What the driver wrote is what others see.
+    let back = directory.path().join("back.img");
+    let back = back.to_str().unwrap();
+    convert(qcow2, back, "raw");
+    for image in [raw.as_str(), back] {
+        let said = succeed("block", &["--disk", image]);
+        for transport in ["pci", "mmio", "legacy-mmio"] {
+            assert!(said.contains(&format!("6  {transport}\n")), "{said}");
+        }
+    }
+    let verify = ["--verify", "--destroy-all-data"];
+    let on = ["--board", "qemu", "--disk", raw.as_str()];
+    let said = succeed("block", &[&on[..], &verify].concat());
+    assert!(said.contains("all 8192 blocks"), "{said}");
+}
+
+#[test]
+fn an_image_that_is_in_use_is_named_on_qemu() {
+    need_qemu!();
+    let directory = Scratch::new("block").unwrap();
+    let image = make_image(&directory);
+    let socket = directory.path().join("disk.sock");
+    let _daemon = StorageDaemon::start(&image, &socket);
+    let arguments = [
+        "--board",
+        "qemu",
+        "--disk",
+        &image,
+        "--copy-in",
+        &image,
+        "x",
+    ];
+    let error = fail("block", &arguments);
+    assert!(
+        error.contains("disk.img") && error.contains("in use"),
+        "{error}"
+    );
+    assert_eq!(error.trim_end().lines().count(), 1, "{error}");
+}
+
+#[test]
+fn two_nics_on_a_cable_are_measured_on_qemu() {
+    need_qemu!();
+    for transport in ["pci", "mmio", "legacy-mmio"] {
+        let size = ["--pings", "5", "--fetch", "1"];
+        let board = ["--board", "qemu", "--transport", transport];
+        let said = succeed("net", &[&board[..], &size].concat());
+        assert!(said.contains("5 pings of 1472 bytes: min "), "{said}");
+        assert!(said.contains("1 MiB over TCP: "), "{said}");
+    }
+}
+
+#[test]
+fn the_display_of_qemu_shows_the_same_picture_as_the_emulated_one() {
+    need_qemu!();
+    let directory = Scratch::new("display").unwrap();
+    let show = |board: &str| {
+        let path = directory.path().join(format!("{board}.png"));
+        let out = path.to_str().unwrap();
+        succeed(
+            "display",
+            &["--size", "333x77", "--board", board, "--out", out],
+        );
+        Image::load(&path).unwrap()
+    };
+    assert!(show("qemu") == show("emulated"));
+}
+
+#[test]
+fn a_probe_prints_what_qemu_has() {
+    need_qemu!();
+    let said = succeed("probe", &["--board", "qemu"]);
+    assert_eq!(
+        said.matches("status    0x0, not in use").count(),
+        9,
+        "{said}"
+    );
+    assert_eq!(
+        said.matches("32768 sectors of 512 bytes").count(),
+        3,
+        "{said}"
+    );
+}
+
+#[test]
+fn interrupts_of_qemu_wake_the_drivers() {
+    need_qemu!();
+    for transport in ["pci", "mmio", "legacy-mmio"] {
+        let said = succeed("interrupts", &["--board", "qemu", "--transport", transport]);
+        assert!(said.contains("4 MiB filled and checked"), "{said}");
+        assert!(said.contains("10.0.2.15/24 by DHCP"), "{said}");
+    }
+}
+
+#[test]
+fn programs_without_a_socket_of_the_user_bring_their_own_daemon() {
+    if let Some(why) = machine::vhost_user::StorageDaemon::missing() {
+        eprintln!("{why}");
+        return;
+    }
+    let directory = Scratch::new("tour").unwrap();
+    let out = directory.path().to_str().unwrap();
+    let said = succeed("tour", &["--board", "vhost-user", "--out", out]);
+    assert!(said.contains("disk over vhost-user"), "{said}");
+    assert!(said.lines().last().unwrap().ends_with("  ok"), "{said}");
+    let said = succeed("probe", &["--board", "vhost-user"]);
+    assert!(said.contains("32768 sectors of 512 bytes"), "{said}");
+    let said = succeed("interrupts", &["--board", "vhost-user"]);
+    assert!(said.contains("4 MiB filled and checked"), "{said}");
+}
+
+#[test]
+fn a_socket_goes_with_its_board() {
+    for name in ["block", "net", "display"] {
+        assert!(fail(name, &["--board", "vhost-user"]).contains("--socket"));
+    }
+    assert!(fail("net", &["--socket", "a.sock"]).contains("--board vhost-user"));
+    let three = ["--socket", "a", "--socket", "b", "--socket", "c"];
+    let board = ["--board", "vhost-user"];
+    assert!(fail("net", &[&board[..], &three].concat()).contains("3 sockets"));
+    assert!(fail("net", &[&board[..], &three[..2]].concat()).contains("no vhost-user device at a"));
+    let both = ["--socket", "a", "--transport", "mmio"];
+    assert!(fail("net", &[&board[..], &both].concat()).contains("--transport"));
 }

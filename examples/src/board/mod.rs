@@ -1,68 +1,279 @@
-//! The boards that the examples run on, what is found on them, and drivers for that.
+//! The boards that the examples run on: what they are made of, and what they tell beside their devices.
 
 mod emulated;
+mod map;
 mod qemu;
+mod vhost_user;
 
-use std::fmt;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
-use axdriver_base::DeviceType;
-use axdriver_block::BlockDriverOps;
-use axdriver_display::DisplayDriverOps;
-use axdriver_net::NetDriverOps;
-use axdriver_virtio::{
-    InterruptHandle, MmioTransport, MmioVersion, PciRangeAllocator, PciTransport, VirtIoBlkDev,
-    VirtIoGpuDev, VirtIoNetDev, WaitPolicy,
-    pci::{DeviceFunction, MmioCam, PciRoot},
-    probe_mmio_device, probe_pci_bus, probe_pci_device,
-};
+use anyhow::{bail, ensure};
 use embedded_graphics::pixelcolor::Rgb888;
-use machine::{MachineHal, registers::register_pointer};
+use machine::{Memory, Version};
+use smoltcp::time::Instant;
 
-pub use self::emulated::{MachineTime, Transport};
+pub use self::{
+    emulated::MachineTime,
+    map::{Description, Found, Handle, Map, PciMap, Place, SocketDevice},
+};
 use crate::{image::Image, time::Time};
 
-/// The number of buffers in each of a NIC's queues.
-const NET_QUEUE_SIZE: usize = 64;
-
-/// The size of each disk of a board, in bytes.
+/// The size of each disk of a board with everything, in bytes.
 const DISK_SIZE: u64 = 16 << 20;
 
-/// The width and the height of each display of a board.
+/// The width and the height of each display of a board with everything.
 const RESOLUTION: (u32, u32) = (1280, 800);
 
 /// A kind of board.
-#[derive(Debug, Clone, Copy, Eq, PartialEq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, Eq, PartialEq, clap::ValueEnum)]
 pub enum BoardKind {
     /// Devices in this process: nothing to install, the same in each run.
+    #[default]
     Emulated,
     /// QEMU's devices, with QEMU as a child process and no guest in it.
     Qemu,
+    /// Devices of other programs, behind vhost-user sockets.
+    VhostUser,
 }
 
-/// How the registers of a board's devices look.
-#[derive(Debug, Clone, Copy, Eq, PartialEq)]
-pub enum Variant {
-    /// Version 1.0 or later of VirtIO, on MMIO and PCI.
-    Modern,
-    /// Before version 1.0 of VirtIO, on MMIO.
-    Legacy,
+/// A way to join a device to a board.
+#[derive(Debug, Clone, Copy, Default, Eq, PartialEq, clap::ValueEnum)]
+pub enum Transport {
+    /// Registers at an address.
+    Mmio,
+    /// Registers at an address, as they were before version 1.0 of VirtIO.
+    LegacyMmio,
+    /// A function on a PCI bus.
+    #[default]
+    Pci,
 }
 
-impl BoardKind {
-    /// Makes a board with a disk, a NIC and a display on each bus, and installs it on this thread.
-    ///
-    /// The other end of each NIC's cable is a [`Peer`](crate::peer::Peer) that serves `page`.
+/// What a disk holds its blocks in.
+#[derive(Debug, Clone, Eq, PartialEq)]
+pub enum Medium {
+    /// Memory of so many bytes, all 0 at first.
+    Blank(u64),
+    /// An image of the host.
+    Image {
+        /// Where it is.
+        path: PathBuf,
+        /// Whether it is opened for reading only.
+        read_only: bool,
+    },
+    /// Whatever the program behind the socket has.
+    Elsewhere,
+}
+
+/// Where the cable of a NIC ends.
+#[derive(Debug, Clone, Eq, PartialEq)]
+pub enum FarEnd {
+    /// At a [`Peer`](crate::peer::Peer) that serves this page.
+    Peer(Vec<u8>),
+    /// At the other NIC of the board.
+    OtherNic,
+    /// At a TAP interface of the host.
+    Tap(String),
+    /// Wherever the program behind the socket has it.
+    Elsewhere,
+}
+
+/// A device that a board is to have.
+#[derive(Debug, Clone, Eq, PartialEq)]
+pub enum Device {
+    /// A disk.
+    Disk(Medium),
+    /// A NIC.
+    Nic(FarEnd),
+    /// A display.
+    Display {
+        /// In pixels.
+        width: u32,
+        /// In pixels.
+        height: u32,
+    },
+}
+
+/// The devices that a board is to have, and how they are joined to it.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    parts: Vec<(Transport, Device)>,
+    watched: bool,
+    delayed: bool,
+    sockets: Vec<PathBuf>,
+}
+
+impl Plan {
+    /// Adds a device.
+    #[must_use]
+    pub fn with(mut self, transport: Transport, device: Device) -> Self {
+        self.parts.push((transport, device));
+        self
+    }
+
+    /// Has an emulated board look at what the drivers do, which takes time, for [`Board::complaints`].
+    #[must_use]
+    pub fn watched(mut self) -> Self {
+        self.watched = true;
+        self
+    }
+
+    /// Has the devices of an emulated board answer later and raise an interrupt line then, as those of a real machine do.
+    #[must_use]
+    pub fn delayed(mut self) -> Self {
+        self.delayed = true;
+        self
+    }
+
+    /// Returns the devices in the order of their places: MMIO comes before PCI.
+    fn in_order(&self) -> Vec<&(Transport, Device)> {
+        let mut parts: Vec<_> = self.parts.iter().collect();
+        parts.sort_by_key(|(transport, _)| *transport == Transport::Pci);
+        parts
+    }
+
+    /// Returns how the registers on MMIO look.
     ///
     /// # Errors
     ///
-    /// The host has not what the board takes: memory, or QEMU.
-    pub fn start(self, variant: Variant, page: &[u8]) -> anyhow::Result<Box<dyn Board>> {
+    /// They would have to look both ways.
+    fn version(&self) -> anyhow::Result<Version> {
+        let has = |wanted| self.parts.iter().any(|(transport, _)| *transport == wanted);
+        match (has(Transport::Mmio), has(Transport::LegacyMmio)) {
+            (true, true) => bail!("a board has either modern or legacy MMIO"),
+            (_, true) => Ok(Version::Legacy),
+            _ => Ok(Version::Modern),
+        }
+    }
+
+    /// Returns how much memory drivers for all of it take, in bytes: a whole number of MiB.
+    fn memory_size(&self) -> usize {
+        /// Queues, commands and buffers on their way.
+        const OTHERS: usize = 64 << 20;
+
+        let framebuffers = self.parts.iter().map(|(_, device)| match device {
+            Device::Display { width, height } => *width as usize * *height as usize * 4,
+            Device::Disk(_) | Device::Nic(_) => 0,
+        });
+        (OTHERS + framebuffers.sum::<usize>()).next_multiple_of(1 << 20)
+    }
+}
+
+/// Which of its registers a board with everything has.
+#[derive(Debug, Clone, Copy, Eq, PartialEq)]
+pub enum Variant {
+    /// Those of version 1.0 of VirtIO or later, on MMIO and PCI.
+    Modern,
+    /// Those of before version 1.0, on MMIO.
+    Legacy,
+    /// None: programs behind sockets.
+    Sockets,
+}
+
+impl Variant {
+    /// Returns a disk, a NIC and a display on each bus, the other end of each NIC's cable at a host that serves `page`.
+    ///
+    /// Behind sockets, it is what there are programs for here.
+    #[must_use]
+    pub fn everything(self, page: &[u8]) -> Plan {
+        let (width, height) = RESOLUTION;
+        let disk = Device::Disk(Medium::Blank(DISK_SIZE));
+        let display = Device::Display { width, height };
+        let transports: &[Transport] = match self {
+            Self::Modern => &[Transport::Mmio, Transport::Pci],
+            Self::Legacy => &[Transport::LegacyMmio],
+            Self::Sockets => return vhost_user::everything(disk, display),
+        };
+        transports
+            .iter()
+            .fold(Plan::default().watched(), |plan, &transport| {
+                plan.with(transport, disk.clone())
+                    .with(transport, Device::Nic(FarEnd::Peer(page.to_owned())))
+                    .with(transport, display.clone())
+            })
+    }
+}
+
+impl BoardKind {
+    /// Returns the variants of a board with everything.
+    #[must_use]
+    pub fn variants(self) -> &'static [Variant] {
+        match self {
+            Self::Emulated | Self::Qemu => &[Variant::Modern, Variant::Legacy],
+            Self::VhostUser => &[Variant::Sockets],
+        }
+    }
+
+    /// Makes a board, and installs it on this thread.
+    ///
+    /// # Errors
+    ///
+    /// The host has not what the board takes: memory, an image, QEMU, a program at a socket.
+    pub fn start(self, plan: &Plan) -> anyhow::Result<Box<dyn Board>> {
         Ok(match self {
-            Self::Emulated => Box::new(emulated::Emulated::start(variant, page)?),
-            Self::Qemu => Box::new(qemu::Qemu::start(variant, page)?),
+            Self::Emulated => Box::new(emulated::Emulated::start(plan)?),
+            Self::Qemu => Box::new(qemu::Qemu::start(plan)?),
+            Self::VhostUser => Box::new(vhost_user::VhostUser::start(plan)?),
         })
     }
+}
+
+/// The options of a program that uses a device or two: on which board, and how they are joined to it.
+#[derive(Debug, clap::Args)]
+pub struct BoardArgs {
+    /// The board that the devices are on.
+    #[arg(long, value_enum, default_value_t, value_name = "BOARD")]
+    pub board: BoardKind,
+
+    /// How the devices are joined to an emulated board or to QEMU's [default: pci].
+    #[arg(long, value_enum, hide_default_value = true, default_value_t)]
+    pub transport: Transport,
+
+    /// The socket of the program that has the device, with --board vhost-user. Once for each device.
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_if_eq("board", "vhost-user"),
+        conflicts_with = "transport"
+    )]
+    pub socket: Vec<PathBuf>,
+}
+
+impl BoardArgs {
+    /// Makes a board with these devices, and installs it on this thread.
+    ///
+    /// # Errors
+    ///
+    /// * There are not as many sockets as devices that need one.
+    /// * As those of [`BoardKind::start`].
+    pub fn start(
+        &self,
+        devices: impl IntoIterator<Item = Device>,
+    ) -> anyhow::Result<Box<dyn Board>> {
+        let mut plan = devices.into_iter().fold(Plan::default(), |plan, device| {
+            plan.with(self.transport, device)
+        });
+        match self.board {
+            BoardKind::VhostUser => ensure!(
+                self.socket.len() == plan.parts.len(),
+                "{} sockets are given with --socket, {} are needed",
+                self.socket.len(),
+                plan.parts.len()
+            ),
+            _ if !self.socket.is_empty() => bail!("--socket is for --board vhost-user only"),
+            _ => {}
+        }
+        plan.sockets.clone_from(&self.socket);
+        self.board.start(&plan)
+    }
+}
+
+/// What a device has done.
+#[derive(Debug, Clone, Copy, Default, Eq, PartialEq)]
+pub struct Work {
+    /// Requests of a disk, or frames of a NIC in both directions.
+    pub done: u64,
+    /// Frames that were lost for want of a buffer.
+    pub dropped: u64,
 }
 
 /// A board that is installed on this thread for as long as this lives.
@@ -78,22 +289,39 @@ pub trait Board {
     /// # Errors
     ///
     /// There is no display at `place`, or it shows nothing.
-    fn screen(&mut self, place: Place) -> anyhow::Result<Image>;
+    fn screen(&self, place: &Place) -> anyhow::Result<Image>;
 
-    /// Returns the clock for a stack on a NIC, once.
-    ///
-    /// The other end of the cable lives as this clock goes.
+    /// Returns the clock for a stack on a NIC. The other end of the cable lives as this clock goes.
     ///
     /// # Errors
     ///
-    /// There is no NIC at `place`, or somebody has its clock.
-    fn network_time(&mut self, place: Place) -> anyhow::Result<Box<dyn Time>>;
+    /// There is no NIC at `place`.
+    fn network_time(&self, place: &Place) -> anyhow::Result<Box<dyn Time>>;
 
-    /// Returns what the board saw drivers do against the rules, and what they left behind. Boards that do not look return
-    /// nothing.
-    fn complaints(&mut self) -> Vec<String> {
-        Vec::new()
-    }
+    /// Returns what a disk or a NIC has done, where the board counts that.
+    fn work(&self, place: &Place) -> Option<Work>;
+
+    /// Returns the time.
+    fn now(&self) -> Instant;
+
+    /// Sleeps until a device interrupts, or until `until`. Returns the devices that interrupt.
+    ///
+    /// Without `until`, it returns also when it is certain, or as good as certain, that none ever will.
+    ///
+    /// # Errors
+    ///
+    /// The board does not tell of interrupts, or has gone.
+    fn sleep(&self, until: Option<Instant>) -> anyhow::Result<Vec<Place>>;
+
+    /// Returns why the devices, or what their cables lead to, can no longer be used.
+    ///
+    /// # Errors
+    ///
+    /// They can not.
+    fn check(&self) -> anyhow::Result<()>;
+
+    /// Returns what the board saw drivers do against the rules, and what they left behind.
+    fn complaints(&self) -> Vec<String>;
 }
 
 /// Returns what a display shows as a picture.
@@ -101,7 +329,7 @@ pub trait Board {
 /// # Errors
 ///
 /// It shows nothing.
-pub fn picture(shown: &machine::Image) -> anyhow::Result<Image> {
+fn picture(shown: &machine::Image) -> anyhow::Result<Image> {
     ensure!(!shown.rgba.is_empty(), "the display shows nothing");
     let pixels = shown
         .rgba
@@ -110,264 +338,61 @@ pub fn picture(shown: &machine::Image) -> anyhow::Result<Image> {
     Image::from_pixels(shown.width, shown.height, pixels)
 }
 
-/// Where a device is.
+/// Returns what drivers did to memory that they should not have.
+fn memory_complaints(memory: &Memory) -> Vec<String> {
+    let mut complaints = Vec::new();
+    let pages = memory.counters().pages_live;
+    if pages != 0 {
+        complaints.push(format!("{pages} pages of memory were not given back"));
+    }
+    let overwritten = memory.overwritten_free_pages();
+    if !overwritten.is_empty() {
+        complaints.push(format!(
+            "{} pages were written to after they were freed",
+            overwritten.len()
+        ));
+    }
+    complaints
+}
+
+/// The format of an image, as its first bytes tell.
 #[derive(Debug, Clone, Copy, Eq, PartialEq)]
-pub enum Place {
-    /// Registers at an address.
-    Mmio {
-        /// The first register.
-        base: u64,
-        /// In bytes.
-        size: usize,
-    },
-    /// A function on the first PCI bus.
-    Pci(DeviceFunction),
+enum Format {
+    Raw,
+    Qcow2,
 }
 
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Mmio { base, .. } => write!(f, "{base:#x}"),
-            Self::Pci(function) => write!(f, "{function}"),
-        }
+/// Looks at an image, and refuses what is none with a reason.
+fn check_image(path: &Path) -> anyhow::Result<Format> {
+    use std::io::{Read, Seek, SeekFrom};
+
+    use anyhow::Context;
+
+    let name = path.display();
+    let mut file = std::fs::File::open(path).with_context(|| format!("cannot open {name}"))?;
+    ensure!(
+        !file.metadata()?.is_dir(),
+        "{name} is a directory, not a disk image"
+    );
+    let size = file
+        .seek(SeekFrom::End(0))
+        .with_context(|| format!("cannot tell the size of {name}"))?;
+    ensure!(
+        size >= 512,
+        "{name} is no disk image: it has {size} bytes, less than a block of 512"
+    );
+    file.rewind()?;
+    let mut magic = [0; 4];
+    file.read_exact(&mut magic)
+        .with_context(|| format!("cannot read {name}"))?;
+    if magic == *b"QFI\xfb" {
+        return Ok(Format::Qcow2);
     }
-}
-
-/// A device that was found.
-#[derive(Debug, Clone, Copy, Eq, PartialEq)]
-pub struct Found {
-    /// Where it is.
-    pub place: Place,
-    /// The name of its transport.
-    pub transport: &'static str,
-    /// What it is.
-    pub device_type: DeviceType,
-}
-
-/// Where to look for devices.
-#[derive(Debug, Clone, Default, Eq, PartialEq)]
-pub struct Map {
-    /// Register windows of virtio-mmio: address, and size in bytes. Some may be empty.
-    pub slots: Vec<(u64, usize)>,
-    /// The PCI root, if there is one.
-    pub pci: Option<PciMap>,
-}
-
-/// Where the PCI root is.
-#[derive(Debug, Clone, Eq, PartialEq)]
-pub struct PciMap {
-    /// The address of the configuration space (ECAM).
-    pub ecam: u64,
-    /// The addresses that BARs may be given.
-    pub window: std::ops::Range<u64>,
-}
-
-impl PciMap {
-    fn root(&self) -> PciRoot<MmioCam<'static>> {
-        machine::pci_root(self.ecam)
+    if !size.is_multiple_of(512) {
+        log::warn!(
+            "the last {} bytes of {name} are no whole block, and are not on the disk",
+            size % 512
+        );
     }
-}
-
-/// One of the two transports, with a device behind it.
-enum Link {
-    Mmio(MmioTransport<'static>),
-    Pci(Box<PciTransport>),
-}
-
-impl Link {
-    /// Takes the interrupt side away from the transport, which has it until then.
-    fn split_interrupt(&mut self) -> anyhow::Result<InterruptHandle<'static>> {
-        let handle = match self {
-            Self::Mmio(transport) => transport.split_interrupt(),
-            Self::Pci(transport) => transport.split_interrupt(),
-        };
-        handle.context("the interrupt side of a new transport is gone")
-    }
-}
-
-/// Makes a driver of type `$driver` on `$link`, whichever transport that is, in a box.
-macro_rules! start {
-    (@new $transport:expr, $driver:ident; $wait:expr) => {
-        $driver::<MachineHal, _>::try_new_with($transport, $wait)
-    };
-    (@new $transport:expr, $driver:ident $(, $size:expr)?) => {
-        $driver::<MachineHal, _ $(, $size)?>::try_new($transport)
-    };
-    ($link:expr, $driver:ident $(, $size:expr)? $(; $wait:expr)?) => {
-        match $link {
-            Link::Mmio(transport) => {
-                start!(@new transport, $driver $(, $size)? $(; $wait)?).map(|driver| Box::new(driver) as _)
-            }
-            Link::Pci(transport) => {
-                start!(@new *transport, $driver $(, $size)? $(; $wait)?).map(|driver| Box::new(driver) as _)
-            }
-        }
-    };
-}
-
-impl Map {
-    /// Looks for virtio disks, NICs and displays, on MMIO and then on PCI. BARs without an address are given one.
-    ///
-    /// The board must be installed on this thread, as for all that follows.
-    #[must_use]
-    pub fn probe(&self) -> Vec<Found> {
-        let mut found = Vec::new();
-        for &(base, size) in &self.slots {
-            // SAFETY: a register address is a number to the installed board, which answers any.
-            let probed = unsafe { probe_mmio_device(register_pointer(base), size) };
-            if let Some((device_type, transport)) = probed {
-                let transport = match transport.version() {
-                    MmioVersion::Legacy => "legacy MMIO",
-                    MmioVersion::Modern => "MMIO",
-                };
-                found.push(Found {
-                    place: Place::Mmio { base, size },
-                    transport,
-                    device_type,
-                });
-            }
-        }
-        if let Some(pci) = &self.pci {
-            let mut root = pci.root();
-            let mut window =
-                PciRangeAllocator::new(pci.window.start, pci.window.end - pci.window.start);
-            for (function, device_type, _) in
-                probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut window))
-            {
-                found.push(Found {
-                    place: Place::Pci(function),
-                    transport: "PCI",
-                    device_type,
-                });
-            }
-        }
-        found
-    }
-
-    fn connect(&self, place: Place) -> anyhow::Result<Link> {
-        match place {
-            Place::Mmio { base, size } => {
-                // SAFETY: as in `probe`.
-                let probed = unsafe { probe_mmio_device(register_pointer(base), size) };
-                probed.map(|(_, transport)| Link::Mmio(transport))
-            }
-            Place::Pci(function) => {
-                let pci = self.pci.as_ref().context("the board has no PCI root")?;
-                let mut root = pci.root();
-                let info = root
-                    .enumerate_bus(function.bus)
-                    .find(|(found, _)| *found == function);
-                info.and_then(|(_, info)| {
-                    probe_pci_device::<MachineHal, _>(&mut root, function, &info)
-                })
-                .map(|(_, transport)| Link::Pci(Box::new(transport)))
-            }
-        }
-        .with_context(|| format!("there is no virtio device at {place} any more"))
-    }
-
-    /// Starts the driver of a disk.
-    ///
-    /// # Errors
-    ///
-    /// There is no device, or it does not start.
-    pub fn start_disk(&self, place: Place) -> anyhow::Result<Box<dyn BlockDriverOps>> {
-        let disk = start!(self.connect(place)?, VirtIoBlkDev);
-        disk.with_context(|| format!("the disk at {place} does not start"))
-    }
-
-    /// Starts the driver of a NIC.
-    ///
-    /// # Errors
-    ///
-    /// There is no device, or it does not start.
-    pub fn start_nic(&self, place: Place) -> anyhow::Result<Box<dyn NetDriverOps>> {
-        let nic = start!(self.connect(place)?, VirtIoNetDev, NET_QUEUE_SIZE);
-        nic.with_context(|| format!("the NIC at {place} does not start"))
-    }
-
-    /// Starts the driver of a disk that waits as `wait` says, and gives the side of it that belongs in an interrupt handler.
-    ///
-    /// # Errors
-    ///
-    /// There is no device, or it does not start.
-    pub fn start_disk_with_interrupt(
-        &self,
-        place: Place,
-        wait: WaitPolicy,
-    ) -> anyhow::Result<(Box<dyn BlockDriverOps>, InterruptHandle<'static>)> {
-        let mut link = self.connect(place)?;
-        let handle = link.split_interrupt()?;
-        let disk = start!(link, VirtIoBlkDev; wait);
-        Ok((
-            disk.with_context(|| format!("the disk at {place} does not start"))?,
-            handle,
-        ))
-    }
-
-    /// Starts the driver of a NIC, and gives the side of it that belongs in an interrupt handler.
-    ///
-    /// # Errors
-    ///
-    /// There is no device, or it does not start.
-    pub fn start_nic_with_interrupt(
-        &self,
-        place: Place,
-    ) -> anyhow::Result<(Box<dyn NetDriverOps>, InterruptHandle<'static>)> {
-        let mut link = self.connect(place)?;
-        let handle = link.split_interrupt()?;
-        let nic = start!(link, VirtIoNetDev, NET_QUEUE_SIZE);
-        Ok((
-            nic.with_context(|| format!("the NIC at {place} does not start"))?,
-            handle,
-        ))
-    }
-
-    /// Starts the driver of a display.
-    ///
-    /// # Errors
-    ///
-    /// There is no device, or it does not start.
-    pub fn start_display(&self, place: Place) -> anyhow::Result<Box<dyn DisplayDriverOps>> {
-        let display = start!(self.connect(place)?, VirtIoGpuDev);
-        display.with_context(|| format!("the display at {place} does not start"))
-    }
-
-    /// Starts a driver, and returns what it says of the device.
-    ///
-    /// # Errors
-    ///
-    /// There is no device, it does not start, or there is no driver for its type.
-    pub fn describe(&self, found: &Found) -> anyhow::Result<Description> {
-        let (name, size) = match found.device_type {
-            DeviceType::Block => {
-                let disk = self.start_disk(found.place)?;
-                let size = disk.num_blocks().saturating_mul(disk.block_size() as u64);
-                (disk.device_name().to_owned(), crate::report::size(size))
-            }
-            DeviceType::Net => {
-                let nic = self.start_nic(found.place)?;
-                (nic.device_name().to_owned(), nic.mac_address().to_string())
-            }
-            DeviceType::Display => {
-                let display = self.start_display(found.place)?;
-                let info = display.info();
-                (
-                    display.device_name().to_owned(),
-                    format!("{} x {}", info.width, info.height),
-                )
-            }
-            other => bail!("there is no driver for {other:?}"),
-        };
-        Ok(Description { name, size })
-    }
-}
-
-/// What a driver says of its device.
-#[derive(Debug, Clone, Eq, PartialEq)]
-pub struct Description {
-    /// The name of the device, or of the driver.
-    pub name: String,
-    /// The size of a disk, the address of a NIC, or the resolution of a display.
-    pub size: String,
+    Ok(Format::Raw)
 }
