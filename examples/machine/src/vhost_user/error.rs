@@ -31,11 +31,11 @@ pub enum VhostUserError {
         /// The request.
         request: &'static str,
     },
-    /// The back end's answer is not in the protocol. The connection is closed.
+    /// What the back end says is not in the protocol. The connection is closed.
     Protocol {
-        /// The request.
-        request: &'static str,
-        /// What is wrong with the answer.
+        /// What it speaks of: the request that it answers, a request of its own, or its display.
+        subject: &'static str,
+        /// What is wrong.
         message: String,
     },
     /// The back end lacks something that the device cannot do without.
@@ -68,9 +68,9 @@ impl fmt::Display for VhostUserError {
                     "the vhost-user device turned down {request}: its program's log may say why"
                 )
             }
-            Self::Protocol { request, message } => write!(
+            Self::Protocol { subject, message } => write!(
                 f,
-                "the vhost-user device answered {request} with what is no answer: {message}"
+                "the vhost-user device does not keep to the protocol ({subject}): {message}"
             ),
             Self::Unsuitable { message } => {
                 write!(f, "the vhost-user device does not serve: {message}")

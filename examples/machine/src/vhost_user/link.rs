@@ -1,4 +1,4 @@
-//! One connection to a back end: requests that end in bounded time, and a watch on the other end.
+//! One connection to a back end: requests that end in bounded time, and a watch on the other end and on its display.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -9,11 +9,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use vhost::vhost_user::Frontend;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::VhostUserError;
+use super::screen::Screen;
+use crate::Image;
 
 /// Why a connection has ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -25,9 +29,9 @@ pub(super) enum Loss {
         request: &'static str,
         limit: Duration,
     },
-    /// The back end answered wrongly, so that it was closed here. It may still use the memory.
+    /// The back end broke the protocol, so that it was closed here. It may still use the memory.
     Wrong {
-        request: &'static str,
+        subject: &'static str,
         message: String,
     },
 }
@@ -37,7 +41,7 @@ impl Loss {
         match self.clone() {
             Self::Closed => VhostUserError::Disconnected,
             Self::Silent { request, limit } => VhostUserError::Silent { request, limit },
-            Self::Wrong { request, message } => VhostUserError::Protocol { request, message },
+            Self::Wrong { subject, message } => VhostUserError::Protocol { subject, message },
         }
     }
 }
@@ -58,11 +62,17 @@ impl News {
         })
     }
 
-    fn tell(&self) {
+    pub(super) fn tell(&self) {
         // An eventfd whose counter is full is readable, and no more is wanted of it.
         let _ = self.event.write(1);
     }
 }
+
+/// How long all sockets of a back end that ends may take to be closed, one after another.
+const HANG_UP_LIMIT: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 
 #[derive(Debug, Default)]
 struct Watched {
@@ -80,6 +90,8 @@ struct Shared {
     /// Gets the watch to look at `watched` again.
     wake: EventFd,
     news: Arc<News>,
+    /// That of a display.
+    screen: Option<Screen>,
 }
 
 impl Shared {
@@ -97,6 +109,35 @@ impl Shared {
             let _ = self.stream.shutdown(Shutdown::Both);
             self.news.tell();
         }
+    }
+
+    /// Takes in what the back end shows by now. Returns whether more can come.
+    fn look_at_screen(&self) -> bool {
+        let Some(screen) = &self.screen else {
+            return false;
+        };
+        screen.take_in().unwrap_or_else(|message| {
+            self.lose(Loss::Wrong {
+                subject: "its display",
+                message,
+            });
+            false
+        })
+    }
+
+    /// Ends a connection without its display, unless it is the whole of it that ends.
+    fn lose_screen(&self) {
+        let mut stream = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        let gone =
+            rustix::event::poll(&mut stream, Some(&HANG_UP_LIMIT)).is_ok_and(|count| count > 0);
+        self.lose(if gone {
+            Loss::Closed
+        } else {
+            Loss::Wrong {
+                subject: "its display",
+                message: "it closed the socket".to_owned(),
+            }
+        });
     }
 }
 
@@ -121,10 +162,11 @@ mod event {
     pub(super) const STREAM: u64 = 0;
     pub(super) const WAKE: u64 = 1;
     pub(super) const REQUESTS: u64 = 2;
+    pub(super) const SCREEN: u64 = 3;
 }
 
 impl Link {
-    /// Uses a connection. Each request has to be answered within `limit`.
+    /// Uses a connection, whose display if it is one has `screen`. Each request has to be answered within `limit`.
     ///
     /// Returns the socket on which the back end may send requests of its own, too.
     pub(super) fn new(
@@ -132,12 +174,14 @@ impl Link {
         queues: u64,
         limit: Duration,
         news: Arc<News>,
+        screen: Option<Screen>,
     ) -> Result<(Self, UnixStream), VhostUserError> {
         let shared = Arc::new(Shared {
             watched: Mutex::new(Watched::default()),
             stream: stream.try_clone()?,
             wake: EventFd::new(EFD_NONBLOCK)?,
             news,
+            screen,
         });
         let (requests, far) = UnixStream::pair()?;
         requests.set_nonblocking(true)?;
@@ -149,6 +193,9 @@ impl Link {
         add(&shared.stream, EventSet::READ_HANG_UP, event::STREAM)?;
         add(&shared.wake, EventSet::IN, event::WAKE)?;
         add(&requests, EventSet::IN, event::REQUESTS)?;
+        if let Some(screen) = &shared.screen {
+            add(screen, EventSet::IN, event::SCREEN)?;
+        }
         let watch = thread::Builder::new()
             .name("vhost-user watch".to_owned())
             .spawn({
@@ -167,6 +214,44 @@ impl Link {
     /// Returns why the connection has ended, if it has.
     pub(super) fn loss(&self) -> Option<Loss> {
         self.shared.lock().loss.clone()
+    }
+
+    /// Returns what a head of the display shows, with all that the back end has said by now.
+    pub(super) fn image(&self, head: u32) -> Image {
+        self.shared.look_at_screen();
+        let screen = self.shared.screen.as_ref();
+        screen.map_or_else(Image::default, |screen| screen.image(head))
+    }
+
+    /// Makes a request that `vhost` does not know: it hands over a file, and has no payload and no answer.
+    ///
+    /// # Errors
+    ///
+    /// The connection has ended, now or before.
+    pub(super) fn hand_over(
+        &self,
+        request: &'static str,
+        number: u32,
+        file: &impl AsRawFd,
+    ) -> Result<(), VhostUserError> {
+        /// The protocol's version.
+        const FLAGS: u32 = 1;
+
+        self.ask(request, |_| {
+            let header = [number, FLAGS, 0].map(u32::to_ne_bytes);
+            match self
+                .shared
+                .stream
+                .send_with_fd(header.as_flattened(), file.as_raw_fd())
+            {
+                Ok(12) => Ok(()),
+                Ok(_) => Err(vhost::vhost_user::Error::PartialMessage.into()),
+                Err(error) => {
+                    let error = io::Error::from_raw_os_error(error.errno());
+                    Err(vhost::vhost_user::Error::SocketBroken(error).into())
+                }
+            }
+        })
     }
 
     /// Makes a request and waits for its answer.
@@ -203,7 +288,7 @@ impl Link {
                         Disconnected | PartialMessage | SocketBroken(_),
                     ) => Loss::Closed,
                     error => Loss::Wrong {
-                        request,
+                        subject: request,
                         message: error.to_string(),
                     },
                 });
@@ -250,7 +335,7 @@ fn watch(shared: &Shared, epoll: &Epoll, mut requests: UnixStream) {
         let timeout = left.map_or(-1, |left| {
             i32::try_from(left.as_millis().saturating_add(1)).unwrap_or(i32::MAX)
         });
-        let mut events = [EpollEvent::default(); 3];
+        let mut events = [EpollEvent::default(); 4];
         let count = match epoll.wait(timeout, &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -266,6 +351,11 @@ fn watch(shared: &Shared, epoll: &Epoll, mut requests: UnixStream) {
                 event::WAKE => {
                     let _ = shared.wake.read();
                 }
+                event::SCREEN => {
+                    if !shared.look_at_screen() {
+                        shared.lose_screen();
+                    }
+                }
                 _ => match inbox.take_in(&mut requests, shared) {
                     Ok(true) => {}
                     // It has no more requests. Whether it has gone is for its own socket to tell.
@@ -275,7 +365,7 @@ fn watch(shared: &Shared, epoll: &Epoll, mut requests: UnixStream) {
                         let _ = epoll.ctl(ControlOperation::Delete, file, event);
                     }
                     Err(message) => shared.lose(Loss::Wrong {
-                        request: "nothing",
+                        subject: "a request of its own",
                         message,
                     }),
                 },
@@ -363,7 +453,7 @@ mod tests {
     fn link() -> (Link, UnixStream, UnixStream, Arc<News>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let news = Arc::new(News::new().unwrap());
-        let (link, requests) = Link::new(ours, 1, LONG, news.clone()).unwrap();
+        let (link, requests) = Link::new(ours, 1, LONG, news.clone(), None).unwrap();
         (link, theirs, requests, news)
     }
 

@@ -1,7 +1,8 @@
 //! vhost-user as a board: virtio devices of other programs, at native speed.
 //!
 //! A [`VhostUserTransport`] takes the place of registers: the driver and the back end share memory, kick each other by
-//! eventfds, and everything else goes over a Unix socket. [`StorageDaemon`] is a back end to have: QEMU's disks.
+//! eventfds, and everything else goes over a Unix socket. [`StorageDaemon`] and [`DisplayProgram`] are back ends to have: QEMU's
+//! disks and QEMU's display.
 //!
 //! ```no_run
 //! use machine::memory::{DEFAULT_BASE, Memory};
@@ -21,8 +22,10 @@
 //! # }
 //! ```
 
+mod display;
 mod error;
 mod link;
+mod screen;
 mod storage;
 mod transport;
 
@@ -30,6 +33,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+pub use display::DisplayProgram;
 pub use error::VhostUserError;
 pub use storage::StorageDaemon;
 pub use transport::{VhostUserDevice, VhostUserHandle, VhostUserOptions, VhostUserTransport};
@@ -43,6 +47,7 @@ enum Name {
     Path(PathBuf),
     /// A name that no file has, in Linux' abstract namespace.
     Abstract(String),
+    Program(display::OnDemand),
 }
 
 impl Socket {
@@ -59,6 +64,7 @@ impl Socket {
         match &self.0 {
             Name::Path(path) => UnixListener::bind(path),
             Name::Abstract(name) => UnixListener::bind_addr(&SocketAddr::from_abstract_name(name)?),
+            Name::Program(_) => Err(std::io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -67,6 +73,7 @@ impl Socket {
             Name::Path(path) => UnixStream::connect(path),
             Name::Abstract(name) => SocketAddr::from_abstract_name(name)
                 .and_then(|address| UnixStream::connect_addr(&address)),
+            Name::Program(program) => program.connect(),
         }
         .map_err(|source| VhostUserError::NotListening {
             address: self.to_string(),
@@ -80,6 +87,7 @@ impl std::fmt::Display for Socket {
         match &self.0 {
             Name::Path(path) => path.display().fmt(f),
             Name::Abstract(name) => write!(f, "@{name}"),
+            Name::Program(program) => program.fmt(f),
         }
     }
 }

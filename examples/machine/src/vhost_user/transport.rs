@@ -19,8 +19,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::link::{Link, Loss, News};
+use super::screen::{HEADS, Monitor, Screen};
 use super::{Socket, VhostUserError};
-use crate::Memory;
+use crate::{Image, Memory};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, which is between the two ends and not the driver's.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -40,6 +41,14 @@ pub enum VhostUserDevice {
         /// The MAC address.
         mac: [u8; 6],
     },
+    /// A display without 3D, of the programs that speak QEMU's vhost-user-gpu protocol. It shows its pictures
+    /// [here](VhostUserHandle::image).
+    Display {
+        /// The width that the driver is asked for, in pixels.
+        width: u32,
+        /// The height that the driver is asked for, in pixels.
+        height: u32,
+    },
 }
 
 impl VhostUserDevice {
@@ -47,13 +56,14 @@ impl VhostUserDevice {
         match self {
             Self::Block => DeviceType::Block,
             Self::Network { .. } => DeviceType::Network,
+            Self::Display { .. } => DeviceType::GPU,
         }
     }
 
     /// Features that are made here and not by the back end.
     fn local_features(self) -> u64 {
         match self {
-            Self::Block => 0,
+            Self::Block | Self::Display { .. } => 0,
             // VIRTIO_NET_F_MAC and VIRTIO_NET_F_STATUS.
             Self::Network { .. } => 1 << 5 | 1 << 16,
         }
@@ -65,6 +75,8 @@ impl VhostUserDevice {
             Self::Block => 0,
             // The control queue and all that is said over it (17 to 22, and 23), and the MTU field.
             Self::Network { .. } => 0x7f << 17 | 1 << 3,
+            // 3D and EDID, and blobs with what belongs to them.
+            Self::Display { .. } => 0x1f,
         }
     }
 
@@ -74,7 +86,14 @@ impl VhostUserDevice {
             // Up to the limits of discarding and writing zeroes; programs differ about the fields after.
             Self::Block => 60,
             Self::Network { .. } => 8,
+            Self::Display { .. } => 16,
         }
+    }
+
+    /// Whether a back end keeps what the driver told it, until its connection ends.
+    fn is_reset_by_connecting(self) -> bool {
+        // `vhost-user-gpu` keeps its resources when the rings stop.
+        matches!(self, Self::Display { .. })
     }
 }
 
@@ -152,6 +171,8 @@ struct Common {
     options: VhostUserOptions,
     memory: Arc<Memory>,
     doorbells: Doorbells,
+    /// That of a display.
+    monitor: Option<Arc<Monitor>>,
     /// `None` while there is no connection that ever worked, and once the transport is dropped.
     session: Mutex<Option<Arc<Session>>>,
 }
@@ -181,7 +202,8 @@ impl Common {
         let mut current = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         *current = None;
         let stream = self.socket.connect()?;
-        let session = Arc::new(greet(stream, &self.options, self.doorbells.news.clone())?);
+        let news = self.doorbells.news.clone();
+        let session = Arc::new(greet(stream, &self.options, news, self.monitor.clone())?);
         *current = Some(session.clone());
         Ok(session)
     }
@@ -192,9 +214,14 @@ fn greet(
     stream: UnixStream,
     options: &VhostUserOptions,
     news: Arc<News>,
+    monitor: Option<Arc<Monitor>>,
 ) -> Result<Session, VhostUserError> {
+    /// Where a display is to show its pictures, see QEMU's documentation, "Vhost-user Protocol".
+    const GPU_SET_SOCKET: u32 = 33;
+
     let device = options.device;
-    let (link, requests) = Link::new(stream, 2, options.limit, news)?;
+    let (screen, far_screen) = monitor.map(Screen::new).transpose()?.unzip();
+    let (link, requests) = Link::new(stream, 2, options.limit, news, screen)?;
     link.ask("SET_OWNER", |frontend| frontend.set_owner())?;
     let features = link.ask("GET_FEATURES", |frontend| frontend.get_features())?;
     if features & PROTOCOL_FEATURES == 0 {
@@ -233,12 +260,15 @@ fn greet(
             frontend.set_backend_request_fd(&requests)
         })?;
     }
+    if let Some(socket) = far_screen {
+        link.hand_over("GPU_SET_SOCKET", GPU_SET_SOCKET, &socket)?;
+    }
     let queues = match device {
         VhostUserDevice::Block if protocol.contains(VhostUserProtocolFeatures::MQ) => {
             link.ask("GET_QUEUE_NUM", |frontend| frontend.get_queue_num())?
         }
         VhostUserDevice::Block => 1,
-        VhostUserDevice::Network { .. } => 2,
+        VhostUserDevice::Network { .. } | VhostUserDevice::Display { .. } => 2,
     };
     let queues = u16::try_from(queues.min(VHOST_USER_MAX_VRINGS)).unwrap_or(u16::MAX);
     Ok(Session {
@@ -282,8 +312,14 @@ impl VhostUserTransport {
         options: VhostUserOptions,
     ) -> Result<Self, VhostUserError> {
         let news = Arc::new(News::new()?);
+        let monitor = match options.device {
+            VhostUserDevice::Display { width, height } => {
+                Some(Arc::new(Monitor::new(width, height)))
+            }
+            _ => None,
+        };
         let stream = socket.connect()?;
-        let session = greet(stream, &options, news.clone())?;
+        let session = greet(stream, &options, news.clone(), monitor.clone())?;
         let eventfds = || {
             (0..session.queues)
                 .map(|_| EventFd::new(EFD_NONBLOCK))
@@ -305,6 +341,7 @@ impl VhostUserTransport {
                 options,
                 memory,
                 doorbells,
+                monitor,
                 session: Mutex::new(Some(Arc::new(session))),
             }),
         })
@@ -340,6 +377,7 @@ impl VhostUserTransport {
 
     /// Resets the device: by its protocol where the connection lives, by a new connection where it does not.
     fn reset(&mut self) {
+        let stale = self.running && self.common.options.device.is_reset_by_connecting();
         let stopped = self.stop();
         let loss = self.common.loss();
         if let (Err(error), None) = (&stopped, &loss) {
@@ -350,7 +388,7 @@ impl VhostUserTransport {
             Some(Loss::Closed) => true,
             Some(Loss::Silent { .. } | Loss::Wrong { .. }) => false,
         };
-        if loss.is_some() || stopped.is_err() {
+        if loss.is_some() || stopped.is_err() || stale {
             match self.common.reconnect() {
                 // It serves one at a time: if it serves this connection, it is done with the one before.
                 Ok(session) => {
@@ -369,6 +407,9 @@ impl VhostUserTransport {
         }
         // What came before the reset is not news after it.
         let _ = self.ack_interrupt();
+        if let Some(monitor) = &self.common.monitor {
+            monitor.acknowledge();
+        }
     }
 
     /// Goes back to the state after power-on, on this side.
@@ -443,6 +484,12 @@ impl VhostUserTransport {
             // VirtIO 1.3, 5.1.4: the MAC address, and a status whose bit 0 is the link.
             let link = u16::from(self.common.loss().is_none());
             return Ok([&mac[..], &link.to_le_bytes()].concat());
+        }
+        if let Some(monitor) = &self.common.monitor {
+            // VirtIO 1.3, 5.7.4: events_read, events_clear, num_scanouts and num_capsets. All but the last, which belongs
+            // to 3D, are for this side to say.
+            let events = u32::from(monitor.is_new());
+            return Ok([events, 0, HEADS, 0].map(u32::to_le_bytes).concat());
         }
         let session = self.common.session().ok_or(VhostUserError::Disconnected)?;
         read_configuration(&session.link, device)
@@ -619,6 +666,17 @@ impl Transport for VhostUserTransport {
         offset: usize,
         value: T,
     ) -> Result<(), Error> {
+        if let Some(monitor) = &self.common.monitor {
+            // VirtIO 1.3, 5.7.4: only events_clear is written, and VIRTIO_GPU_EVENT_DISPLAY is the only event.
+            let clear = u32::read_from_bytes(value.as_bytes()).map(u32::from_le);
+            let (4, Ok(events)) = (offset, clear) else {
+                return Err(Error::ConfigSpaceTooSmall);
+            };
+            if events & 1 != 0 {
+                monitor.acknowledge();
+            }
+            return Ok(());
+        }
         let device = self.common.options.device;
         let fits = offset
             .checked_add(size_of::<T>())
@@ -669,6 +727,23 @@ impl VhostUserHandle {
         match self.common.loss() {
             None => Ok(()),
             Some(loss) => Err(loss.as_error()),
+        }
+    }
+
+    /// Returns what a head of the display shows, with all that was flushed by now: an empty picture while it is off, and of
+    /// what is no display.
+    pub fn image(&self, head: u32) -> Image {
+        let session = self.common.session();
+        session.map_or_else(Image::default, |session| session.link.image(head))
+    }
+
+    /// Asks the driver of a display for another size from now on, in pixels, and tells it so by an interrupt.
+    pub fn resize(&self, width: u32, height: u32) {
+        if let Some(monitor) = &self.common.monitor {
+            monitor.resize(width, height);
+            let news = &self.common.doorbells.news;
+            news.configuration_changed.store(true, Ordering::Release);
+            news.tell();
         }
     }
 

@@ -1,0 +1,288 @@
+//! The display driver of `axdriver_virtio` on QEMU's `vhost-user-gpu`, and back ends that show what they must not.
+//!
+//! Without the program the tests on it are skipped, each with a line that says so.
+
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
+    reason = "a test fails by panicking, and its patterns wrap"
+)]
+
+mod support;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axdriver_base::{DevError, InterruptCause};
+use axdriver_display::{DisplayDriverOps, conformance};
+use axdriver_virtio::{VirtIoGpuDev, WaitPolicy};
+use machine::memory::DEFAULT_BASE;
+use machine::vhost_user::{
+    DisplayProgram, VhostUserDevice, VhostUserError, VhostUserHandle, VhostUserOptions,
+    VhostUserTransport,
+};
+use machine::{Image, Installed, Machine, MachineHal, Memory};
+use support::{LONG, patiently, skip};
+
+type GpuDev = VirtIoGpuDev<MachineHal, VhostUserTransport>;
+
+const EVENT_IDX: u64 = 1 << 29;
+const INDIRECT_DESC: u64 = 1 << 28;
+
+/// Leaves the test, with a line that says so, where the program is missing.
+macro_rules! need_program {
+    () => {
+        if let Some(why) = DisplayProgram::missing() {
+            skip(&why);
+            return;
+        }
+    };
+}
+
+/// A display of the program's and what it needs, in the order in which they go.
+struct Rig {
+    display: GpuDev,
+    handle: VhostUserHandle,
+    program: DisplayProgram,
+    memory: Arc<Memory>,
+    _installed: Installed,
+}
+
+fn memory() -> (Arc<Memory>, Installed) {
+    let memory = Memory::anonymous(DEFAULT_BASE, 16 << 20).unwrap();
+    let installed = Machine::new(memory.clone(), Arc::new(())).install();
+    (memory, installed)
+}
+
+fn options(width: u32, height: u32) -> VhostUserOptions {
+    VhostUserOptions::new(VhostUserDevice::Display { width, height })
+}
+
+fn rig(options: VhostUserOptions, wait: WaitPolicy) -> Rig {
+    let program = DisplayProgram::start().unwrap();
+    let (memory, installed) = memory();
+    let transport = VhostUserTransport::connect(program.socket(), memory.clone(), options).unwrap();
+    let handle = transport.handle();
+    Rig {
+        display: GpuDev::try_new_with(transport, wait).unwrap(),
+        handle,
+        program,
+        memory,
+        _installed: installed,
+    }
+}
+
+/// What `draw` leaves at a place.
+fn colour(shade: u32, x: u32, y: u32) -> [u8; 3] {
+    [(x * shade) as u8, (y * 3) as u8, (x ^ y) as u8]
+}
+
+fn draw(display: &mut GpuDev, shade: u32) {
+    let width = display.info().width;
+    let stride = display.capabilities().stride;
+    let stride = stride.unwrap_or(width as usize * 4);
+    let mut framebuffer = display.fb();
+    for (y, row) in (0..).zip(framebuffer.as_bytes_mut().chunks_exact_mut(stride)) {
+        for (x, pixel) in (0..width).zip(row.as_chunks_mut::<4>().0) {
+            let [red, green, blue] = colour(shade, x, y);
+            *pixel = [blue, green, red, 0];
+        }
+    }
+}
+
+fn drawn(shade: u32, width: u32, height: u32) -> Image {
+    let places = (0..height).flat_map(|y| (0..width).map(move |x| (x, y)));
+    let rgba = places.flat_map(|(x, y)| {
+        let [red, green, blue] = colour(shade, x, y);
+        [red, green, blue, 255]
+    });
+    Image {
+        width,
+        height,
+        rgba: rgba.collect(),
+    }
+}
+
+#[test]
+fn the_contract_holds_with_and_without_each_queue_feature() {
+    need_program!();
+    for withheld in [0, EVENT_IDX, INDIRECT_DESC, EVENT_IDX | INDIRECT_DESC] {
+        for size in [4, 64, 1024] {
+            let options = options(200, 120)
+                .without_features(withheld)
+                .queue_size(size);
+            let mut rig = rig(options.clone(), patiently());
+            let verdict = conformance::check(&mut rig.display);
+            verdict.unwrap_or_else(|violation| panic!("{violation} with {options:?}"));
+            rig.handle.check().unwrap();
+            drop(rig.display);
+            let counters = rig.memory.counters();
+            assert_eq!((counters.pages_live, counters.shares_live), (0, 0));
+            assert!(rig.memory.overwritten_free_pages().is_empty());
+        }
+    }
+}
+
+#[test]
+fn what_is_drawn_is_what_the_program_shows() {
+    need_program!();
+    // The last is shown in more pieces than a socket holds at once.
+    for (width, height) in [(1, 1), (300, 200), (1280, 1024)] {
+        let mut rig = rig(options(width, height), patiently());
+        let info = rig.display.info();
+        assert_eq!((info.width, info.height), (width, height));
+        for shade in [1, 99] {
+            draw(&mut rig.display, shade);
+            rig.display.flush().unwrap();
+            assert!(rig.handle.image(0) == drawn(shade, width, height));
+        }
+        // Only a flush shows it.
+        draw(&mut rig.display, 5);
+        assert!(rig.handle.image(0) == drawn(99, width, height));
+        assert_eq!(rig.handle.image(1), Image::default());
+        assert_eq!(rig.handle.image(u32::MAX), Image::default());
+        rig.handle.check().unwrap();
+    }
+}
+
+#[test]
+fn a_display_that_is_to_be_resized_says_so_and_a_reset_adopts_it() {
+    need_program!();
+    let mut rig = rig(options(64, 48), patiently());
+    draw(&mut rig.display, 3);
+    rig.display.flush().unwrap();
+    assert!(!rig.display.configuration_changed().unwrap());
+
+    rig.handle.resize(96, 40);
+    assert!(rig.handle.wait_for_interrupt(LONG).unwrap());
+    let cause = InterruptCause::from_bits_truncate(rig.handle.acknowledge().bits());
+    assert!(cause.contains(InterruptCause::CONFIGURATION));
+    assert!(rig.display.configuration_changed().unwrap());
+    // It is told once, and the old size goes on.
+    assert!(!rig.display.configuration_changed().unwrap());
+    assert!(rig.handle.image(0) == drawn(3, 64, 48));
+
+    rig.display.reset().unwrap();
+    draw(&mut rig.display, 7);
+    rig.display.flush().unwrap();
+    assert!(rig.handle.image(0) == drawn(7, 96, 40));
+    assert!(!rig.display.configuration_changed().unwrap());
+}
+
+#[test]
+fn a_reset_starts_from_nothing_again_and_again() {
+    need_program!();
+    let mut rig = rig(options(64, 48), patiently());
+    for shade in 0..4 {
+        rig.display.reset().unwrap();
+        draw(&mut rig.display, shade);
+        rig.display.flush().unwrap();
+        assert!(rig.handle.image(0) == drawn(shade, 64, 48));
+    }
+    let Rig {
+        display, memory, ..
+    } = rig;
+    drop(display);
+    assert_eq!(memory.counters().pages_live, 0);
+}
+
+#[test]
+fn a_program_that_dies_gives_an_error_and_a_reset_finds_the_next_one() {
+    need_program!();
+    let mut rig = rig(options(64, 48), patiently().with_max_polls(40_000));
+    draw(&mut rig.display, 3);
+    rig.display.flush().unwrap();
+    let error = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(20));
+            rig.program.kill();
+        });
+        loop {
+            if let Err(error) = rig.display.flush() {
+                break error;
+            }
+        }
+    });
+    assert!(
+        matches!(error, DevError::Io | DevError::BadState),
+        "{error}"
+    );
+    let loss = rig.handle.check().unwrap_err();
+    assert!(matches!(loss, VhostUserError::Disconnected), "{loss}");
+    assert_eq!(rig.display.flush(), Err(DevError::BadState));
+    assert_eq!(rig.handle.image(0), Image::default());
+    assert!(rig.display.reset().is_err());
+
+    rig.program.restart();
+    rig.display.reset().unwrap();
+    rig.handle.check().unwrap();
+    draw(&mut rig.display, 8);
+    rig.display.flush().unwrap();
+    assert!(rig.handle.image(0) == drawn(8, 64, 48));
+}
+
+#[test]
+fn a_program_that_hangs_gives_an_error_in_time_and_a_reset_starts_another() {
+    need_program!();
+    let quick = options(64, 48).answer_limit(Duration::from_millis(200));
+    let mut rig = rig(quick, patiently().with_max_polls(30_000));
+    rig.program.pause().unwrap();
+    assert_eq!(rig.display.flush(), Err(DevError::Io));
+    assert_eq!(rig.display.flush(), Err(DevError::BadState));
+    let end = Instant::now() + LONG;
+    while let Err(error) = rig.display.reset() {
+        assert!(Instant::now() < end, "{error}");
+    }
+    draw(&mut rig.display, 9);
+    rig.display.flush().unwrap();
+    assert!(rig.handle.image(0) == drawn(9, 64, 48));
+    assert!(rig.memory.overwritten_free_pages().is_empty());
+}
+
+#[test]
+fn no_process_outlives_its_owner_and_the_socket_is_of_no_use_without_it() {
+    need_program!();
+    let rig = rig(options(64, 48), patiently());
+    let path = format!("/proc/{}", rig.program.process_id().unwrap());
+    assert!(std::fs::exists(&path).unwrap());
+    let Rig {
+        mut display,
+        program,
+        memory,
+        ..
+    } = rig;
+    let socket = program.socket();
+    drop(program);
+    assert!(!std::fs::exists(&path).unwrap());
+    assert!(display.reset().is_err());
+    let error = VhostUserTransport::connect(socket.clone(), memory, options(1, 1)).unwrap_err();
+    assert!(matches!(error, VhostUserError::NotListening { .. }));
+    assert!(error.to_string().contains(&socket.to_string()), "{error}");
+}
+
+#[test]
+fn a_program_that_is_missing_is_told_in_one_line() {
+    // Only a process of its own may change its environment.
+    const CHILD: &str = "MACHINE_TEST_WITHOUT_PROGRAM";
+    const NAME: &str = "a_program_that_is_missing_is_told_in_one_line";
+    if std::env::var_os(CHILD).is_some() {
+        println!("{}", DisplayProgram::start().unwrap_err());
+        return;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", NAME, "--nocapture"])
+        .env(CHILD, "1")
+        .env("AXDRIVER_QEMU", "/no/such/directory")
+        .output()
+        .unwrap();
+    let output = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<_> = output
+        .lines()
+        .filter(|line| line.contains("was not found"))
+        .collect();
+    assert_eq!(lines.len(), 1, "{output}");
+    assert!(lines[0].contains("vhost-user-gpu"), "{output}");
+}
