@@ -45,8 +45,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Over PCI, [`probe_pci_bus`] walks a bus, gives the BARs addresses where no firmware did, and
-//! yields the devices it knows.
+//! Over PCI, [`probe_pci_buses`] walks a bus and those behind its bridges, sets up bridges and BARs
+//! where no firmware did, and yields the devices it knows. [`route_pci_interrupt`] says where the
+//! interrupt of one comes out.
 //!
 //! # What can be relied upon
 //!
@@ -134,8 +135,8 @@ pub use self::{
     convert::{as_dev_err, as_dev_type},
     interrupt::InterruptHandle,
     probe::{
-        PciBusProbe, PciRangeAllocator, assign_bars, probe_mmio_device, probe_pci_bus,
-        probe_pci_device,
+        PciBridge, PciBusProbe, PciRangeAllocator, assign_bars, probe_mmio_device, probe_pci_bus,
+        probe_pci_buses, probe_pci_device, route_pci_interrupt,
     },
     transport::{MmioTransport, PciTransport},
 };

@@ -12,12 +12,12 @@ use virtio_drivers::transport::pci::bus::{Command, ConfigurationAccess, DeviceFu
 /// The number of BARs of an ordinary function.
 pub(crate) const BARS: u8 = 6;
 
-const COMMAND: u8 = 0x04;
+pub(super) const COMMAND: u8 = 0x04;
 const HEADER_TYPE: u8 = 0x0c;
 const BAR0: u8 = 0x10;
 
 /// The bits of the command register that make a function answer to addresses.
-const DECODE: u16 = Command::IO_SPACE.bits() | Command::MEMORY_SPACE.bits();
+pub(super) const DECODE: u16 = Command::IO_SPACE.bits() | Command::MEMORY_SPACE.bits();
 
 /// Returns the configuration access of `root`, which `virtio-drivers` keeps to itself.
 pub(crate) fn access<C: ConfigurationAccess>(root: &mut PciRoot<C>) -> &mut C {
@@ -68,18 +68,21 @@ impl Bar {
 
 /// A function that decodes no addresses until this is dropped, so that its BARs may be sized.
 pub(crate) struct Quiet<'a, C: ConfigurationAccess> {
-    access: &'a mut C,
+    pub(super) access: &'a mut C,
     function: DeviceFunction,
+    /// How many BARs the function has, at most [`BARS`].
+    bars: u8,
     /// What the command register is to be.
-    command: u16,
+    pub(super) command: u16,
 }
 
 impl<'a, C: ConfigurationAccess> Quiet<'a, C> {
-    pub(crate) fn new(access: &'a mut C, function: DeviceFunction) -> Self {
+    pub(crate) fn new(access: &'a mut C, function: DeviceFunction, bars: u8) -> Self {
         let [command, _] = words(access.read_word(function, COMMAND));
         let mut quiet = Self {
             access,
             function,
+            bars,
             command,
         };
         if command & DECODE != 0 {
@@ -99,7 +102,7 @@ impl<'a, C: ConfigurationAccess> Quiet<'a, C> {
         BAR0 + 4 * bar
     }
 
-    /// Finds out what the BAR number `bar` (less than [`BARS`]) is, and leaves it as it was.
+    /// Finds out what the BAR number `bar` (less than `self.bars`) is, and leaves it as it was.
     pub(crate) fn inspect(&mut self, bar: u8) -> Bar {
         if self.is_upper_half(bar) {
             return Bar::None;
@@ -110,7 +113,7 @@ impl<'a, C: ConfigurationAccess> Quiet<'a, C> {
             return Bar::Io;
         }
         let wide = is_wide(original);
-        if (original & 0b110 != 0 && !wide) || (wide && bar + 1 >= BARS) {
+        if (original & 0b110 != 0 && !wide) || (wide && bar + 1 >= self.bars) {
             warn!("PCI {}: BAR {bar} is of a reserved type", self.function);
             return Bar::None;
         }
@@ -173,6 +176,45 @@ impl<'a, C: ConfigurationAccess> Quiet<'a, C> {
         }
         taken
     }
+
+    /// Gives every memory BAR without an address one from `window`.
+    ///
+    /// # Errors
+    ///
+    /// As of [`assign_bars`], but for `InvalidParam`.
+    pub(super) fn assign_all(&mut self, window: &mut PciRangeAllocator) -> DevResult {
+        let function = self.function;
+        let mut bar = 0;
+        while bar < self.bars {
+            let Bar::Memory {
+                address,
+                size,
+                wide,
+            } = self.inspect(bar)
+            else {
+                bar += 1;
+                continue;
+            };
+            if address == 0 {
+                let mut rest = window.clone();
+                let Some(address) = rest
+                    .alloc(size)
+                    .filter(|address| wide || address + (size - 1) <= u64::from(u32::MAX))
+                else {
+                    error!("PCI {function}: no room for BAR {bar} of {size:#x} bytes");
+                    return Err(DevError::NoMemory);
+                };
+                if !self.assign(bar, address, wide) {
+                    error!("PCI {function}: BAR {bar} does not take the address {address:#x}");
+                    return Err(DevError::Io);
+                }
+                *window = rest;
+                debug!("PCI {function}: BAR {bar} of {size:#x} bytes at {address:#x}");
+            }
+            bar += if wide { 2 } else { 1 };
+        }
+        Ok(())
+    }
 }
 
 impl<C: ConfigurationAccess> Drop for Quiet<'_, C> {
@@ -208,8 +250,10 @@ pub(crate) fn words(register: u32) -> [u16; 2] {
 /// ```
 #[derive(Clone, Debug)]
 pub struct PciRangeAllocator {
-    next: u64,
-    end: u64,
+    /// The first address that is free.
+    pub(super) next: u64,
+    /// The first address behind the range.
+    pub(super) end: u64,
 }
 
 impl PciRangeAllocator {
@@ -259,43 +303,23 @@ pub fn assign_bars<C: ConfigurationAccess>(
     function: DeviceFunction,
     window: &mut PciRangeAllocator,
 ) -> DevResult {
+    assign_bars_of(access(root), function, window)
+}
+
+/// As [`assign_bars`].
+pub(super) fn assign_bars_of<C: ConfigurationAccess>(
+    access: &mut C,
+    function: DeviceFunction,
+    window: &mut PciRangeAllocator,
+) -> DevResult {
     if !function.valid() {
         return Err(DevError::InvalidParam);
     }
-    let access = access(root);
     if access.read_word(function, 0) == u32::MAX || !is_ordinary(access, function) {
         return Err(DevError::InvalidParam);
     }
-    let mut quiet = Quiet::new(access, function);
-    let mut bar = 0;
-    while bar < BARS {
-        let Bar::Memory {
-            address,
-            size,
-            wide,
-        } = quiet.inspect(bar)
-        else {
-            bar += 1;
-            continue;
-        };
-        if address == 0 {
-            let mut rest = window.clone();
-            let Some(address) = rest
-                .alloc(size)
-                .filter(|address| wide || address + (size - 1) <= u64::from(u32::MAX))
-            else {
-                error!("PCI {function}: no room for BAR {bar} of {size:#x} bytes");
-                return Err(DevError::NoMemory);
-            };
-            if !quiet.assign(bar, address, wide) {
-                error!("PCI {function}: BAR {bar} does not take the address {address:#x}");
-                return Err(DevError::Io);
-            }
-            *window = rest;
-            debug!("PCI {function}: BAR {bar} of {size:#x} bytes at {address:#x}");
-        }
-        bar += if wide { 2 } else { 1 };
-    }
+    let mut quiet = Quiet::new(access, function, BARS);
+    quiet.assign_all(window)?;
     quiet.command |= (Command::MEMORY_SPACE | Command::BUS_MASTER).bits();
     Ok(())
 }

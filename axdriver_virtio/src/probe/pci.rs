@@ -1,5 +1,7 @@
 //! What is behind this PCI function? The PCI transport's answer (VirtIO 1.3, 4.1.2 to 4.1.4).
 
+use core::ops::RangeInclusive;
+
 use axdriver_base::DeviceType;
 use log::{debug, warn};
 use virtio_drivers::{
@@ -7,14 +9,17 @@ use virtio_drivers::{
     transport::pci::{
         VIRTIO_VENDOR_ID, VirtioPciError,
         bus::{
-            BusDeviceIterator, ConfigurationAccess, DeviceFunction, DeviceFunctionInfo, HeaderType,
-            PCI_CAP_ID_VNDR, PciRoot,
+            ConfigurationAccess, DeviceFunction, DeviceFunctionInfo, HeaderType, PCI_CAP_ID_VNDR,
+            PciRoot,
         },
         virtio_device_type,
     },
 };
 
-use super::bars::{BARS, Bar, PciRangeAllocator, Quiet, access, assign_bars, is_ordinary, words};
+use super::{
+    bars::{BARS, Bar, PciRangeAllocator, Quiet, access, assign_bars, is_ordinary, words},
+    bridge::{self, Functions},
+};
 use crate::{
     PciTransport, VirtIoHal, as_dev_type,
     transport::{CapabilityKind, Region, Structures},
@@ -54,8 +59,22 @@ pub fn probe_pci_device<H: VirtIoHal, C: ConfigurationAccess>(
     }
 }
 
+/// Returns what [`virtio_device_type`] asks of a function: its ids, and the type of its header.
+pub(super) fn info(ids: u32, header_type: HeaderType) -> DeviceFunctionInfo {
+    let [vendor_id, device_id] = words(ids);
+    DeviceFunctionInfo {
+        vendor_id,
+        device_id,
+        class: 0,
+        subclass: 0,
+        prog_if: 0,
+        revision: 0,
+        header_type,
+    }
+}
+
 /// Returns the type of a function that is a virtio device of a type that has a driver here.
-fn driven_type(info: &DeviceFunctionInfo) -> Option<DeviceType> {
+pub(super) fn driven_type(info: &DeviceFunctionInfo) -> Option<DeviceType> {
     if info.device_id > LAST_DEVICE_ID || info.header_type != HeaderType::Standard {
         return None;
     }
@@ -67,20 +86,52 @@ fn driven_type(info: &DeviceFunctionInfo) -> Option<DeviceType> {
     device_type
 }
 
-/// Walks the bus number `bus`, gives the BARs of the virtio devices on it addresses from `window`
-/// if there is one, and yields the devices that [`probe_pci_device`] recognizes.
+/// Walks the bus `bus` alone: [`probe_pci_buses`] with no other bus to go to.
+pub fn probe_pci_bus<'a, H: VirtIoHal, C: ConfigurationAccess>(
+    root: &'a mut PciRoot<C>,
+    bus: u8,
+    window: Option<&'a mut PciRangeAllocator>,
+) -> PciBusProbe<'a, H, C> {
+    probe_pci_buses(root, bus..=bus, window)
+}
+
+/// Walks the first of `buses` and those behind its bridges, and yields the devices that
+/// [`probe_pci_device`] recognizes, in the order of their buses.
+///
+/// `buses` are those that the host bridge has, from the `bus-range` of a device tree or the MCFG
+/// table of ACPI. **The configuration space of all of them must be there for `C` to access**, 1 MiB
+/// for each with ECAM: where a bridge leads is the word of the bridge, and only these bounds are
+/// kept. A kernel that has mapped fewer says so here, for example with `0..=0`.
+///
+/// Without a `window`, nothing is written but what [`probe_pci_device`] writes, and only bridges are
+/// followed that firmware has given bus numbers to, which have to be above that of their own bus.
+///
+/// With a `window`, this function sets up what firmware has left undone, and enables what it finds:
+///
+/// * Bridges on the first bus without a bus number, and all behind them, get the next free number,
+///   and forward the addresses that their own BARs and those of the virtio devices behind them are
+///   given, in whole MiB and 1 MiB at least, below 4 GiB. They forward neither I/O ports nor
+///   prefetchable memory. A bridge for which there is no number or no room, or that does not take
+///   them, is left out, and the log says so.
+/// * Virtio devices on the first bus get addresses for BARs that have none. Those behind bridges
+///   that firmware has numbered do not, because nobody knows which addresses are free there; see
+///   [`PciBridge`](crate::PciBridge) for a slot that was empty before.
+///
+/// Nothing of what is set up may be in use. Other functions are left alone.
 ///
 /// # Examples
 ///
-/// A kernel's whole search, where no firmware gave the BARs addresses:
+/// A kernel's whole search, whether there was firmware or not:
 ///
 /// ```
-/// use axdriver_virtio::{PciRangeAllocator, VirtIoHal, pci::{ConfigurationAccess, PciRoot}, probe_pci_bus};
+/// use axdriver_virtio::{PciRangeAllocator, VirtIoHal, pci::{ConfigurationAccess, PciRoot}, probe_pci_buses};
 ///
 /// fn find<H: VirtIoHal, C: ConfigurationAccess>(root: &mut PciRoot<C>) -> usize {
 ///     let mut window = PciRangeAllocator::new(0x1000_0000, 0x2eff_0000);
 ///     let mut found = 0;
-///     for (function, device_type, transport) in probe_pci_bus::<H, C>(root, 0, Some(&mut window)) {
+///     for (function, device_type, transport) in
+///         probe_pci_buses::<H, C>(root, 0..=255, Some(&mut window))
+///     {
 ///         println!("{function}: {device_type:?}");
 ///         drop(transport); // make a driver of it instead
 ///         found += 1;
@@ -89,22 +140,63 @@ fn driven_type(info: &DeviceFunctionInfo) -> Option<DeviceType> {
 /// }
 /// # extern crate machine;
 /// ```
-pub fn probe_pci_bus<'a, H: VirtIoHal, C: ConfigurationAccess>(
+pub fn probe_pci_buses<'a, H: VirtIoHal, C: ConfigurationAccess>(
     root: &'a mut PciRoot<C>,
-    bus: u8,
-    window: Option<&'a mut PciRangeAllocator>,
+    buses: RangeInclusive<u8>,
+    mut window: Option<&'a mut PciRangeAllocator>,
 ) -> PciBusProbe<'a, H, C> {
+    if let Some(window) = &mut window
+        && buses.start() < buses.end()
+    {
+        bridge::number(access(root), &buses, window);
+    }
+    let (first, last) = (*buses.start(), *buses.end());
+    let mut pending = Buses::default();
+    if first <= last {
+        pending.insert(first);
+    }
     PciBusProbe {
-        functions: root.enumerate_bus(bus),
+        functions: Functions::NONE,
+        pending,
+        first,
+        last,
         root,
         window,
         hal: core::marker::PhantomData,
     }
 }
 
-/// The virtio devices on a bus, one after another. Made by [`probe_pci_bus`].
+/// A set of bus numbers.
+#[derive(Default)]
+struct Buses([u32; 8]);
+
+impl Buses {
+    fn insert(&mut self, bus: u8) {
+        if let Some(word) = self.0.get_mut(usize::from(bus / 32)) {
+            *word |= 1 << (bus % 32);
+        }
+    }
+
+    /// Takes the lowest number out.
+    fn pop(&mut self) -> Option<u8> {
+        let (word, base) =
+            (self.0.iter_mut().zip((0..=224).step_by(32))).find(|(w, _)| **w != 0)?;
+        let bit = word.trailing_zeros();
+        *word &= *word - 1;
+        u8::try_from(bit).ok().map(|bit| base + bit)
+    }
+}
+
+/// The virtio devices on a bus and behind its bridges, one after another. Made by
+/// [`probe_pci_buses`].
 pub struct PciBusProbe<'a, H: VirtIoHal, C: ConfigurationAccess> {
-    functions: BusDeviceIterator<C>,
+    /// What is left of the bus that is walked.
+    functions: Functions,
+    /// The buses that bridges lead to. All are above the one that is walked, so that each is walked
+    /// once at most.
+    pending: Buses,
+    first: u8,
+    last: u8,
     root: &'a mut PciRoot<C>,
     window: Option<&'a mut PciRangeAllocator>,
     hal: core::marker::PhantomData<fn() -> H>,
@@ -115,15 +207,30 @@ impl<H: VirtIoHal, C: ConfigurationAccess> Iterator for PciBusProbe<'_, H, C> {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            let (function, info) = self.functions.next()?;
+            let Some((function, info)) = self.functions.next(access(self.root)) else {
+                self.functions = Functions::of(self.pending.pop()?);
+                continue;
+            };
+            if info.header_type == HeaderType::PciPciBridge {
+                let enable = self.window.is_some();
+                match bridge::follow(access(self.root), function, self.last, enable) {
+                    Some(bus) => self.pending.insert(bus),
+                    None => debug!("PCI {function}: the bridge is not followed"),
+                }
+                continue;
+            }
             if driven_type(&info).is_none() {
                 continue;
             }
-            if let Some(window) = &mut self.window
-                && let Err(error) = assign_bars(self.root, function, window)
-            {
-                warn!("virtio-pci {function}: no addresses for the BARs: {error}");
-                continue;
+            if let Some(window) = &mut self.window {
+                // What is behind a bridge has its addresses, or gets none.
+                let mut none = PciRangeAllocator::new(0, 0);
+                let behind = function.bus != self.first;
+                let window = if behind { &mut none } else { &mut **window };
+                if let Err(error) = assign_bars(self.root, function, window) {
+                    warn!("virtio-pci {function}: no addresses for the BARs: {error}");
+                    continue;
+                }
             }
             if let Some((device_type, transport)) =
                 probe_pci_device::<H, C>(self.root, function, &info)
@@ -148,25 +255,17 @@ pub(crate) fn find_structures<C: ConfigurationAccess>(
         return Err(VirtioPciError::InvalidVendorId(u16::MAX));
     }
     let access = access(root);
-    let [vendor_id, device_id] = words(access.read_word(function, 0));
-    if vendor_id != VIRTIO_VENDOR_ID || !is_ordinary(access, function) {
-        return Err(VirtioPciError::InvalidVendorId(vendor_id));
+    let info = info(access.read_word(function, 0), HeaderType::Standard);
+    if info.vendor_id != VIRTIO_VENDOR_ID || !is_ordinary(access, function) {
+        return Err(VirtioPciError::InvalidVendorId(info.vendor_id));
     }
-    let device_type = virtio_device_type(&DeviceFunctionInfo {
-        vendor_id,
-        device_id,
-        class: 0,
-        subclass: 0,
-        prog_if: 0,
-        revision: 0,
-        header_type: HeaderType::Standard,
-    })
-    .filter(|_| device_id <= LAST_DEVICE_ID)
-    .ok_or(VirtioPciError::InvalidDeviceId(device_id))?;
+    let device_type = virtio_device_type(&info)
+        .filter(|_| info.device_id <= LAST_DEVICE_ID)
+        .ok_or(VirtioPciError::InvalidDeviceId(info.device_id))?;
 
     // What the capabilities claim, before any BAR is touched.
     let candidates = Candidates::read(access, function);
-    let mut bars = Bars::new(Quiet::new(access, function));
+    let mut bars = Bars::new(Quiet::new(access, function, BARS));
     let mut unassigned = None;
     let mut find = |kind| {
         candidates.of(kind).find_map(|candidate| {

@@ -29,7 +29,7 @@ pub use watch::Violation;
 
 use lifecycle::Core;
 use mmio::MmioSlot;
-use pci::{Kind, PciFunction};
+use pci::{Bridge, Kind, PciFunction};
 use state::Transport;
 use watch::Violations;
 
@@ -79,7 +79,7 @@ impl Slot {
     }
 }
 
-/// A function on the PCI bus with a virtio device.
+/// A function on bus 0 with a virtio device.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[non_exhaustive]
 pub struct Function {
@@ -130,22 +130,15 @@ impl Inner {
             && offset < pci::ECAM_SIZE
         {
             let (bus, slot, function) = (offset >> 20, (offset >> 15) & 31, (offset >> 12) & 7);
-            let found = self
-                .functions
-                .iter()
-                .position(|entry| u64::from(entry.device) == slot);
-            return match found {
-                Some(index) if bus == 0 && function == 0 => Place::Config(index, offset & 0xfff),
+            return match pci::find(&self.functions, bus, slot) {
+                Some(index) if function == 0 => Place::Config(index, offset & 0xfff),
                 _ => Place::Nothing,
             };
         }
-        self.functions
-            .iter()
-            .enumerate()
-            .find_map(|(index, function)| {
-                Some(Place::Bar(index, function.decode(address, &self.window)?))
-            })
-            .unwrap_or(Place::Nothing)
+        match pci::decode(&self.functions, address, &self.window) {
+            Some((index, offset)) => Place::Bar(index, offset),
+            None => Place::Nothing,
+        }
     }
 
     fn read(&mut self, address: u64, width: u8) -> u64 {
@@ -169,7 +162,7 @@ impl Inner {
                 let function = &mut functions[index];
                 let core = match function.kind {
                     Kind::Virtio(device) => cores.get_mut(device),
-                    Kind::Bridge => None,
+                    Kind::Host | Kind::Bridge(_) => None,
                 };
                 function.read_config(core, offset, width)
             }
@@ -177,7 +170,7 @@ impl Inner {
                 let function = &mut functions[index];
                 match function.kind {
                     Kind::Virtio(device) => function.read_bar(&mut cores[device], offset, width),
-                    Kind::Bridge => u64::MAX,
+                    Kind::Host | Kind::Bridge(_) => u64::MAX,
                 }
             }
             Place::Nothing => u64::MAX,
@@ -205,9 +198,14 @@ impl Inner {
                 let function = &mut functions[index];
                 let core = match function.kind {
                     Kind::Virtio(device) => cores.get_mut(device),
-                    Kind::Bridge => None,
+                    Kind::Host | Kind::Bridge(_) => None,
                 };
                 function.write_config(core, offset, width, value);
+                for function in functions.iter() {
+                    if let Kind::Virtio(device) = function.kind {
+                        cores[device].state.may_master = pci::may_master(functions, function);
+                    }
+                }
             }
             Place::Bar(index, offset) => {
                 let function = &mut functions[index];
@@ -250,16 +248,80 @@ impl Inner {
         }
         self.functions.iter().any(|function| match function.kind {
             Kind::Virtio(device) => {
-                pci_line(function) == line && function.may_interrupt() && asserted(device)
+                PCI_LINES + pci::line(&self.functions, function) == line
+                    && function.may_interrupt()
+                    && asserted(device)
             }
-            Kind::Bridge => false,
+            Kind::Host | Kind::Bridge(_) => false,
         })
     }
 }
 
-/// Returns the line that a function's pin is wired to: pins rotate from device to device.
-fn pci_line(function: &PciFunction) -> u32 {
-    PCI_LINES + (u32::from(function.device) + u32::from(function.pin()) - 1) % 4
+/// What is plugged into a PCI bus.
+#[derive(Debug)]
+enum Plugged {
+    Device(Box<Device>),
+    Bridge(PciBus),
+}
+
+/// What is behind a PCI-to-PCI bridge.
+#[derive(Debug, Default)]
+pub struct PciBus {
+    plugged: Vec<Plugged>,
+}
+
+impl PciBus {
+    /// Returns a bus with nothing on it.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Plugs a device into the bus.
+    #[must_use]
+    pub fn pci(mut self, device: impl Into<Device>) -> Self {
+        self.plugged.push(Plugged::Device(Box::new(device.into())));
+        self
+    }
+
+    /// Plugs a bridge to another bus into the bus.
+    #[must_use]
+    pub fn bridge(mut self, behind: PciBus) -> Self {
+        self.plugged.push(Plugged::Bridge(behind));
+        self
+    }
+
+    /// Makes the functions of the bus, each before those behind it, with device numbers from `first`.
+    fn plug(
+        self,
+        functions: &mut Vec<PciFunction>,
+        parent: Option<usize>,
+        first: u8,
+        add: &mut impl FnMut(Device) -> usize,
+    ) {
+        for (plugged, number) in self.plugged.into_iter().zip(first..) {
+            match plugged {
+                Plugged::Device(device) => {
+                    let kind = Kind::Virtio(add(*device));
+                    functions.push(PciFunction::new(kind, parent, number));
+                }
+                Plugged::Bridge(behind) => {
+                    let index = functions.len();
+                    let kind = Kind::Bridge(Bridge::new());
+                    functions.push(PciFunction::new(kind, parent, number));
+                    behind.plug(functions, Some(index), 0, add);
+                }
+            }
+        }
+    }
+
+    /// Whether there is a place for everything on the bus and behind it, with device numbers from `first`.
+    fn fits(&self, first: usize) -> bool {
+        self.plugged.len() + first <= 32
+            && self.plugged.iter().all(|plugged| match plugged {
+                Plugged::Device(_) => true,
+                Plugged::Bridge(behind) => behind.fits(0),
+            })
+    }
 }
 
 impl RegisterBus for Emulated {
@@ -301,7 +363,7 @@ impl MemoryWatch for Emulated {
 pub struct Builder {
     memory: usize,
     slots: Vec<(Version, Option<Device>)>,
-    functions: Vec<Device>,
+    bus: PciBus,
     watching: bool,
     window: Range<u64>,
 }
@@ -334,10 +396,17 @@ impl Builder {
         self
     }
 
-    /// Plugs a device into the PCI bus.
+    /// Plugs a device into PCI bus 0.
     #[must_use]
     pub fn pci(mut self, device: impl Into<Device>) -> Self {
-        self.functions.push(device.into());
+        self.bus = self.bus.pci(device);
+        self
+    }
+
+    /// Plugs a bridge to another bus into PCI bus 0. It has no bus number yet, and forwards nothing.
+    #[must_use]
+    pub fn pci_bridge(mut self, behind: PciBus) -> Self {
+        self.bus = self.bus.bridge(behind);
         self
     }
 
@@ -360,11 +429,11 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// * `InvalidInput`: more than 32 virtio-mmio devices or 31 PCI devices, or a size of memory that is not a whole number
+    /// * `InvalidInput`: more than 32 virtio-mmio devices, more PCI devices than a bus has places for (bus 0 has 31), or a size of memory that is not a whole number
     ///   of pages.
     /// * Whatever the host says when it maps the memory.
     pub fn build(self) -> io::Result<Board> {
-        if self.slots.len() > mmio::SLOTS || self.functions.len() > 31 {
+        if self.slots.len() > mmio::SLOTS || !self.bus.fits(1) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
         let memory = Memory::anonymous(DEFAULT_BASE, self.memory)?;
@@ -395,11 +464,9 @@ impl Builder {
         while slots.len() < mmio::SLOTS {
             slots.push(MmioSlot::new(Version::Modern, None));
         }
-        let mut functions = vec![PciFunction::new(Kind::Bridge, 0)];
-        for (device, number) in self.functions.into_iter().zip(1_u8..) {
-            let index = add(device, Transport::Pci);
-            functions.push(PciFunction::new(Kind::Virtio(index), number));
-        }
+        let mut functions = vec![PciFunction::new(Kind::Host, None, 0)];
+        let mut add = |device| add(device, Transport::Pci);
+        self.bus.plug(&mut functions, None, 1, &mut add);
         let mmio_slots = slots
             .iter()
             .zip(0_u32..)
@@ -413,6 +480,7 @@ impl Builder {
             .collect();
         let pci_functions = functions
             .iter()
+            .filter(|function| function.parent.is_none())
             .filter_map(|function| match function.kind {
                 Kind::Virtio(device) => Some(Function {
                     address: DeviceFunction {
@@ -420,10 +488,10 @@ impl Builder {
                         device: function.device,
                         function: 0,
                     },
-                    line: pci_line(function),
+                    line: PCI_LINES + pci::line(&functions, function),
                     device,
                 }),
-                Kind::Bridge => None,
+                Kind::Host | Kind::Bridge(_) => None,
             })
             .collect();
         let bus = Arc::new(Emulated {
@@ -480,7 +548,7 @@ impl Board {
         Builder {
             memory: MEMORY,
             slots: Vec::new(),
-            functions: Vec::new(),
+            bus: PciBus::new(),
             watching: true,
             window: pci::WINDOW,
         }
@@ -516,12 +584,13 @@ impl Board {
         self.window.clone()
     }
 
-    /// Returns the functions with a virtio device. There is a host bridge too, at 00:00.0.
+    /// Returns the functions on bus 0 with a virtio device. There is a host bridge too, at 00:00.0.
     pub fn pci_functions(&self) -> &[Function] {
         &self.pci_functions
     }
 
-    /// Returns the device of this number; devices are numbered first by slot, then by function.
+    /// Returns the device of this number; devices are numbered first by slot, then by function, those behind a bridge
+    /// where the bridge is.
     pub fn device(&self, index: usize) -> DeviceHandle {
         DeviceHandle {
             bus: self.bus.clone(),

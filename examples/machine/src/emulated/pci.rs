@@ -1,4 +1,5 @@
-//! A PCI root with one bus: configuration space by ECAM, and virtio functions (4.1) whose registers are in a 64-bit memory BAR.
+//! A PCI root: configuration space by ECAM, virtio functions (4.1) whose registers are in a 64-bit memory BAR, and bridges to
+//! more buses (PCI-to-PCI Bridge Architecture Specification 1.2).
 
 use std::ops::Range;
 
@@ -45,9 +46,127 @@ struct Selects {
 #[derive(Debug)]
 pub(crate) enum Kind {
     /// A host bridge: it is there, and no more.
-    Bridge,
+    Host,
+    /// A bridge to another bus.
+    Bridge(Bridge),
     /// The virtio device of this number.
     Virtio(usize),
+}
+
+/// The registers of a bridge that are not those of every function.
+#[derive(Debug)]
+pub(crate) struct Bridge {
+    /// Primary, secondary and subordinate bus number, and the latency timer.
+    numbers: u32,
+    memory: u32,
+    /// What it forwards of prefetchable memory: everything, after a reset that leaves the registers undefined.
+    prefetchable: [u32; 3],
+}
+
+impl Bridge {
+    pub(crate) fn new() -> Self {
+        Self {
+            numbers: 0,
+            memory: 0,
+            prefetchable: [0xfff1_0001, 0, u32::MAX],
+        }
+    }
+
+    /// Returns the numbers of the buses that configuration accesses reach through it.
+    fn buses(&self) -> std::ops::RangeInclusive<u64> {
+        let [_, secondary, subordinate, _] = self.numbers.to_le_bytes();
+        if secondary == 0 {
+            return std::ops::RangeInclusive::new(1, 0);
+        }
+        secondary.into()..=subordinate.into()
+    }
+
+    fn forwards(&self, address: u64) -> bool {
+        let within = |register: u32, base_high: u32, limit_high: u32| {
+            let base = u64::from(register & 0xfff0) << 16 | u64::from(base_high) << 32;
+            let limit = u64::from(register & 0xfff0_0000) | u64::from(limit_high) << 32 | 0xf_ffff;
+            (base..=limit).contains(&address)
+        };
+        let [low, base, limit] = self.prefetchable;
+        within(self.memory, 0, 0) || within(low, base, limit)
+    }
+
+    fn register(&mut self, offset: u64) -> Option<(&mut u32, u32)> {
+        Some(match offset {
+            0x18 => (&mut self.numbers, 0x00ff_ffff),
+            0x20 => (&mut self.memory, 0xfff0_fff0),
+            0x24 => (&mut self.prefetchable[0], 0xfff0_fff0),
+            0x28 => (&mut self.prefetchable[1], u32::MAX),
+            0x2c => (&mut self.prefetchable[2], u32::MAX),
+            _ => return None,
+        })
+    }
+}
+
+/// The size of a bridge's own registers, in BAR 0.
+const BRIDGE_BAR_SIZE: u64 = 0x1000;
+
+/// Returns the index of the function that a configuration access to device `device` on bus `bus` reaches.
+pub(crate) fn find(functions: &[PciFunction], bus: u64, device: u64) -> Option<usize> {
+    let mut parent = None;
+    if bus != 0 {
+        loop {
+            // The bus is behind one bridge of each level, or behind none.
+            let (index, buses) = functions.iter().enumerate().find_map(|(index, function)| {
+                let Kind::Bridge(bridge) = &function.kind else {
+                    return None;
+                };
+                let leads_there = function.parent == parent && bridge.buses().contains(&bus);
+                leads_there.then(|| (index, bridge.buses()))
+            })?;
+            parent = Some(index);
+            if *buses.start() == bus {
+                break;
+            }
+        }
+    }
+    functions
+        .iter()
+        .position(|function| function.parent == parent && u64::from(function.device) == device)
+}
+
+/// Returns the bridges between a function and the root, from the inside to the outside.
+fn bridges<'a>(
+    functions: &'a [PciFunction],
+    function: &'a PciFunction,
+) -> impl Iterator<Item = &'a PciFunction> {
+    let above = |function: &PciFunction| function.parent.and_then(|parent| functions.get(parent));
+    std::iter::successors(above(function), move |bridge| above(bridge))
+}
+
+/// Returns the index of the function that decodes `address`, and the offset in its BAR.
+pub(crate) fn decode(
+    functions: &[PciFunction],
+    address: u64,
+    window: &Range<u64>,
+) -> Option<(usize, u64)> {
+    functions.iter().enumerate().find_map(|(index, function)| {
+        let offset = function.decode(address, window)?;
+        let reached = bridges(functions, function).all(|bridge| match &bridge.kind {
+            Kind::Bridge(registers) => {
+                bridge.command & COMMAND_MEMORY != 0 && registers.forwards(address)
+            }
+            _ => false,
+        });
+        reached.then_some((index, offset))
+    })
+}
+
+/// Returns whether the memory accesses of a function reach the root.
+pub(crate) fn may_master(functions: &[PciFunction], function: &PciFunction) -> bool {
+    function.command & COMMAND_MASTER != 0
+        && bridges(functions, function).all(|bridge| bridge.command & COMMAND_MASTER != 0)
+}
+
+/// Returns which of the four interrupt lines of the root a function's pin is wired to: pins rotate from device to device.
+pub(crate) fn line(functions: &[PciFunction], function: &PciFunction) -> u32 {
+    let devices = bridges(functions, function).map(|bridge| u32::from(bridge.device));
+    (u32::from(function.pin()) - 1 + u32::from(function.device) + devices.sum::<u32>()) % 4
 }
 
 /// What a function says of itself for as long as it is there.
@@ -93,6 +212,8 @@ impl Conduct {
 #[derive(Debug)]
 pub(crate) struct PciFunction {
     pub(crate) kind: Kind,
+    /// The bridge that it is behind.
+    pub(crate) parent: Option<usize>,
     pub(crate) device: u8,
     command: u16,
     bar: u64,
@@ -105,9 +226,10 @@ pub(crate) struct PciFunction {
 }
 
 impl PciFunction {
-    pub(crate) fn new(kind: Kind, device: u8) -> Self {
+    pub(crate) fn new(kind: Kind, parent: Option<usize>, device: u8) -> Self {
         Self {
             kind,
+            parent,
             device,
             command: 0,
             bar: 0,
@@ -119,7 +241,7 @@ impl PciFunction {
     }
 
     /// Returns the offset in the BAR that `address` is at, if the function decodes it.
-    pub(crate) fn decode(&self, address: u64, window: &Range<u64>) -> Option<u64> {
+    fn decode(&self, address: u64, window: &Range<u64>) -> Option<u64> {
         let decodes = self.command & COMMAND_MEMORY != 0
             && self.bar != 0
             && window.contains(&self.bar)
@@ -149,13 +271,49 @@ impl PciFunction {
 
     pub(crate) fn read_config(&mut self, core: Option<&mut Core>, offset: u64, width: u8) -> u64 {
         let Some(core) = core else {
-            return read_bytes(&bridge(self.command), offset, width);
+            return read_bytes(&self.bridge_space(), offset, width);
         };
         if core.state.gone {
             return u64::MAX;
         }
         let space = self.space(core);
         read_bytes(&space, offset, width)
+    }
+
+    /// Puts the configuration space of a bridge together.
+    fn bridge_space(&self) -> [u8; 256] {
+        let mut space = [0; 256];
+        put(&mut space, 0x00, &0x1b36_u16.to_le_bytes());
+        put(&mut space, 0x02, &0x0008_u16.to_le_bytes());
+        put(&mut space, 0x04, &self.command.to_le_bytes());
+        space[0x0b] = 6;
+        if let Kind::Bridge(bridge) = &self.kind {
+            put(&mut space, 0x02, &0x0001_u16.to_le_bytes());
+            space[0x0a] = 4;
+            space[0x0e] = 1;
+            put(&mut space, 0x10, &self.bar.to_le_bytes()[..4]);
+            put(&mut space, 0x18, &bridge.numbers.to_le_bytes());
+            put(&mut space, 0x20, &bridge.memory.to_le_bytes());
+            for (at, register) in (0x24..).step_by(4).zip(bridge.prefetchable) {
+                put(&mut space, at, &register.to_le_bytes());
+            }
+        }
+        space
+    }
+
+    /// Writes to the configuration space of a bridge.
+    fn write_bridge(&mut self, offset: u64, value: u64) {
+        let word = (value & 0xffff_ffff) as u32;
+        match (offset, &mut self.kind) {
+            (4, _) => self.command = (value & 0x6) as u16,
+            (0x10, Kind::Bridge(_)) => self.bar = u64::from(word) & !(BRIDGE_BAR_SIZE - 1),
+            (_, Kind::Bridge(bridge)) => {
+                if let Some((register, writable)) = bridge.register(offset) {
+                    *register = *register & !writable | word & writable;
+                }
+            }
+            _ => {}
+        }
     }
 
     /// Puts the configuration space of a virtio function together.
@@ -210,9 +368,7 @@ impl PciFunction {
         value: u64,
     ) {
         let Some(core) = core else {
-            if offset == 4 {
-                self.command = (value & 0x6) as u16;
-            }
+            self.write_bridge(offset, value);
             return;
         };
         if core.state.gone {
@@ -224,7 +380,6 @@ impl PciFunction {
             (4, 2 | 4) => {
                 self.command =
                     (value & 0xffff) as u16 & (COMMAND_MEMORY | COMMAND_MASTER | COMMAND_NO_INTX);
-                core.state.may_master = self.command & COMMAND_MASTER != 0;
             }
             (offset, 4) if offset == bar || offset == bar + 4 => {
                 if self.command & COMMAND_MEMORY != 0 {
@@ -480,15 +635,6 @@ fn read_bytes(space: &[u8; 256], offset: u64, width: u8) -> u64 {
         }
     }
     u64::from_le_bytes(bytes)
-}
-
-fn bridge(command: u16) -> [u8; 256] {
-    let mut space = [0; 256];
-    put(&mut space, 0x00, &0x1b36_u16.to_le_bytes());
-    put(&mut space, 0x02, &0x0008_u16.to_le_bytes());
-    put(&mut space, 0x04, &command.to_le_bytes());
-    space[0x0b] = 6;
-    space
 }
 
 /// Puts the list of capabilities together (4.1.4), as honest as the device is.
