@@ -1,4 +1,4 @@
-//! The drivers of `axdriver_virtio` on QEMU's devices: their contracts, their data, and what goes wrong.
+//! The drivers of `axdriver_virtio` on QEMU's devices: their data, and what goes wrong.
 //!
 //! Without QEMU the tests are skipped, each with a line that says so; `AXDRIVER_REQUIRE_QEMU=1` makes them fail instead.
 
@@ -19,15 +19,11 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::time::Duration;
 
-use axdriver_base::{DevError, DevResult};
-use axdriver_block::conformance as block_rules;
-use axdriver_display::conformance as display_rules;
-use axdriver_net::conformance as net_rules;
+use axdriver_base::DevError;
 use axdriver_net::{NetDriverOps, smoltcp::SmoltcpDevice};
 use axdriver_virtio::{VirtIoBlkDev, VirtIoNetDev, probe_mmio_device};
 use machine::qemu::{
-    Bus, Cable, Disk, DiskOperation, Display, Fault, ImageFormat, Nic, QemuBoard, QemuMachine,
-    QemuOptions,
+    Bus, Disk, DiskOperation, Display, Fault, ImageFormat, Nic, QemuBoard, QemuMachine, QemuOptions,
 };
 use machine::{MachineHal, Version};
 use support::{Drivers, LONG, Scratch, much, patiently, pattern, skip, write_at_random};
@@ -43,182 +39,6 @@ macro_rules! need {
             return;
         }
     };
-}
-
-/// The other end of a cable, as the rules for NICs want it.
-struct FarEnd(Cable);
-
-impl<D: ?Sized> net_rules::Peer<D> for FarEnd {
-    fn send(&mut self, _dev: &mut D, frame: &[u8]) -> DevResult {
-        self.0.send(frame, LONG).map_err(|_| DevError::Io)
-    }
-
-    fn receive(&mut self, _dev: &mut D, frame: &mut [u8]) -> DevResult<usize> {
-        let received = self.0.try_receive().map_err(|_| DevError::Io)?;
-        let received = received.ok_or(DevError::Again)?;
-        let length = received.len().min(frame.len());
-        frame[..length].copy_from_slice(&received[..length]);
-        Ok(received.len())
-    }
-
-    fn wait(&mut self, _dev: &mut D, attempts: u32) -> bool {
-        std::thread::sleep(Duration::from_micros(if attempts < 100 {
-            10
-        } else {
-            1000
-        }));
-        attempts < 5000
-    }
-}
-
-/// Checks all rules of all three traits on a disk, a NIC and a display with these properties.
-fn contracts_hold<const QS: usize>(
-    machine: QemuMachine,
-    bus: Bus,
-    version: Version,
-    properties: &[(&str, &str)],
-) {
-    let image = Scratch::image(
-        &format!("contract-{machine:?}-{bus:?}-{version:?}-{QS}"),
-        1 << 20,
-    );
-    let mut options = QemuOptions::new(machine)
-        .mmio(version)
-        .disk(Disk::new(&image.0, ImageFormat::Raw).on(bus))
-        .nic(Nic::on_cable().on(bus))
-        .display(Display::new(200, 120).on(bus));
-    for (name, value) in properties {
-        options = options.property_of_all(name, value);
-    }
-    contracts_of::<QS>(&options, properties);
-}
-
-fn contracts_of<const QS: usize>(options: &QemuOptions, properties: &[(&str, &str)]) {
-    let mut board = QemuBoard::start(options).unwrap();
-    let memory = board.memory().clone();
-    let mut drivers = Drivers::probe::<QS>(&board);
-    for disk in &mut drivers.disks {
-        let verdict = block_rules::check(disk.as_mut());
-        verdict.unwrap_or_else(|violation| panic!("{violation} {properties:?}"));
-    }
-    for (number, nic) in drivers.nics.iter_mut().enumerate() {
-        let mut peer = FarEnd(board.take_cable(number).unwrap());
-        let verdict = net_rules::check(nic.as_mut(), &mut peer);
-        verdict.unwrap_or_else(|violation| panic!("{violation} {properties:?}"));
-    }
-    for display in &mut drivers.displays {
-        let verdict = display_rules::check(display.as_mut());
-        verdict.unwrap_or_else(|violation| panic!("{violation} {properties:?}"));
-    }
-    board.check().unwrap();
-    drop(drivers);
-    let counters = memory.counters();
-    assert_eq!((counters.pages_live, counters.shares_live), (0, 0));
-    assert!(memory.overwritten_free_pages().is_empty());
-}
-
-/// Every choice of the two features that change how a queue is spoken.
-fn contracts_hold_with_queue_features(machine: QemuMachine, bus: Bus, version: Version) {
-    for event_idx in ["on", "off"] {
-        for indirect in ["on", "off"] {
-            let properties = [("event_idx", event_idx), ("indirect_desc", indirect)];
-            contracts_hold::<64>(machine, bus, version, &properties);
-        }
-    }
-}
-
-#[test]
-fn contracts_hold_on_modern_mmio() {
-    need!(VIRT);
-    contracts_hold_with_queue_features(VIRT, Bus::Mmio, Version::Modern);
-}
-
-#[test]
-fn contracts_hold_on_legacy_mmio() {
-    need!(VIRT);
-    contracts_hold_with_queue_features(VIRT, Bus::Mmio, Version::Legacy);
-}
-
-#[test]
-fn contracts_hold_on_pci() {
-    need!(VIRT);
-    contracts_hold_with_queue_features(VIRT, Bus::Pci, Version::Modern);
-}
-
-#[test]
-fn contracts_hold_on_the_pci_bus_of_a_pc() {
-    need!(Q35);
-    contracts_hold_with_queue_features(Q35, Bus::Pci, Version::Modern);
-}
-
-#[test]
-fn contracts_hold_where_devices_ask_for_platform_addresses() {
-    need!(VIRT);
-    let properties = [("iommu_platform", "on")];
-    contracts_hold::<64>(VIRT, Bus::Mmio, Version::Modern, &properties);
-    contracts_hold::<64>(VIRT, Bus::Pci, Version::Modern, &properties);
-    need!(Q35);
-    contracts_hold::<64>(Q35, Bus::Pci, Version::Modern, &properties);
-}
-
-#[test]
-fn contracts_hold_with_disk_queues_of_4_to_1024() {
-    need!(VIRT);
-    let sizes: [(_, &[u32]); 2] = [
-        (Bus::Mmio, &[4, 8, 16, 32, 64, 128, 256, 512, 1024]),
-        (Bus::Pci, &[4, 16, 1024]),
-    ];
-    for (bus, sizes) in sizes {
-        for size in sizes {
-            let image = Scratch::image(&format!("disk-queue-{bus:?}"), 1 << 20);
-            let disk = Disk::new(&image.0, ImageFormat::Raw)
-                .on(bus)
-                .property("queue-size", &size.to_string());
-            let options = QemuOptions::new(VIRT).disk(disk);
-            contracts_of::<64>(&options, &[("queue-size", &size.to_string())]);
-        }
-    }
-}
-
-#[test]
-fn contracts_hold_with_nic_queues_of_4_to_1024() {
-    need!(VIRT);
-    for bus in [Bus::Mmio, Bus::Pci] {
-        let nic = || Nic::on_cable().on(bus).property("rx_queue_size", "1024");
-        let options = QemuOptions::new(VIRT).nic(nic());
-        contracts_of::<4>(&options, &[("QS", "4")]);
-        contracts_of::<16>(&options, &[("QS", "16")]);
-        contracts_of::<256>(&options, &[("QS", "256")]);
-        contracts_of::<1024>(&options, &[("QS", "1024")]);
-    }
-}
-
-#[test]
-fn contracts_hold_without_the_features_that_devices_may_lack() {
-    need!(VIRT);
-    let image = Scratch::image("plain", 1 << 20);
-    let disk = Disk::new(&image.0, ImageFormat::Raw)
-        .property("config-wce", "off")
-        .property("discard", "off")
-        .property("write-zeroes", "off")
-        .property("physical_block_size", "4096")
-        .property("logical_block_size", "4096")
-        .property("num-queues", "4");
-    let nic = Nic::on_cable()
-        .property("mrg_rxbuf", "off")
-        .property("csum", "off")
-        .property("guest_csum", "off")
-        .property("ctrl_vq", "off")
-        .property("host_mtu", "1400");
-    let display = Display::new(320, 200)
-        .property("edid", "off")
-        .property("max_outputs", "2");
-    let options = QemuOptions::new(VIRT)
-        .disk(disk)
-        .disk(Disk::null(1 << 20).read_only())
-        .nic(nic)
-        .display(display);
-    contracts_of::<64>(&options, &[]);
 }
 
 fn random_writes_reach_the_image(machine: QemuMachine, bus: Bus, version: Version) {

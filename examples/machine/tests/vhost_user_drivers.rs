@@ -14,26 +14,22 @@
 
 mod support;
 
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axdriver_base::{DevError, DevResult};
-use axdriver_block::{BlockDriverOps, conformance};
-use axdriver_net::{NetDriverOps, conformance as net_rules};
-use axdriver_virtio::{VirtIoBlkDev, VirtIoNetDev, WaitPolicy};
+use axdriver_base::DevError;
+use axdriver_block::BlockDriverOps;
+use axdriver_virtio::{VirtIoBlkDev, WaitPolicy};
 use machine::memory::DEFAULT_BASE;
 use machine::qemu::{Disk, DiskOperation, Fault, ImageFormat};
 use machine::vhost_user::{
-    Socket, StorageDaemon, VhostUserDevice, VhostUserHandle, VhostUserOptions, VhostUserTransport,
+    StorageDaemon, VhostUserDevice, VhostUserHandle, VhostUserOptions, VhostUserTransport,
 };
 use machine::{Installed, Machine, MachineHal, Memory};
 use support::{LONG, Scratch, much, patiently, skip, write_at_random};
 
 type BlkDev = VirtIoBlkDev<MachineHal, VhostUserTransport>;
-
-const EVENT_IDX: u64 = 1 << 29;
-const INDIRECT_DESC: u64 = 1 << 28;
 
 /// Leaves the test, with a line that says so, where the daemon is missing.
 macro_rules! need_daemon {
@@ -71,59 +67,6 @@ fn rig(disk: &Disk, options: VhostUserOptions, wait: WaitPolicy) -> Rig {
 
 fn options() -> VhostUserOptions {
     VhostUserOptions::new(VhostUserDevice::Block)
-}
-
-fn contract_holds(image: &Disk, options: VhostUserOptions) {
-    let mut rig = rig(image, options.clone(), patiently());
-    let verdict = conformance::check(&mut rig.disk);
-    verdict.unwrap_or_else(|violation| panic!("{violation} with {options:?}"));
-    rig.handle.check().unwrap();
-    let Rig { disk, memory, .. } = rig;
-    drop(disk);
-    let counters = memory.counters();
-    assert_eq!((counters.pages_live, counters.shares_live), (0, 0));
-    assert!(memory.overwritten_free_pages().is_empty());
-}
-
-#[test]
-fn the_contract_holds_with_and_without_each_queue_feature() {
-    need_daemon!();
-    let image = Scratch::image("vu-features", 1 << 20);
-    let disk = Disk::new(&image.0, ImageFormat::Raw);
-    for withheld in [0, EVENT_IDX, INDIRECT_DESC, EVENT_IDX | INDIRECT_DESC] {
-        contract_holds(&disk, options().without_features(withheld));
-    }
-}
-
-#[test]
-fn the_contract_holds_with_queues_of_4_to_1024() {
-    need_daemon!();
-    let image = Scratch::image("vu-sizes", 1 << 20);
-    let disk = Disk::new(&image.0, ImageFormat::Raw);
-    for size in [4, 8, 16, 64, 256, 1024] {
-        contract_holds(&disk, options().queue_size(size));
-    }
-}
-
-#[test]
-fn the_contract_holds_on_a_qcow2_image_and_on_one_that_is_read_only() {
-    need_daemon!();
-    let image = Scratch::image("vu-read-only", 1 << 20);
-    let disk = Disk::new(&image.0, ImageFormat::Raw).read_only();
-    contract_holds(&disk, options());
-    let image = Scratch::new("vu-qcow2");
-    let create = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2"])
-        .arg(&image.0)
-        .arg("8M")
-        .status();
-    if create.is_err() {
-        skip("skipped: qemu-img was not found: install qemu-utils");
-        return;
-    }
-    contract_holds(&Disk::new(&image.0, ImageFormat::Qcow2), options());
-    let check = Command::new("qemu-img").arg("check").arg(&image.0).output();
-    assert!(check.unwrap().status.success());
 }
 
 #[test]
@@ -220,96 +163,4 @@ fn a_daemon_that_hangs_gives_an_error_in_time_and_serves_again_when_it_goes_on()
     rig.disk.read_block(1, &mut sector).unwrap();
     assert_eq!(sector, [0x11; 512]);
     assert!(rig.memory.overwritten_free_pages().is_empty());
-}
-
-/// DPDK's `testpmd`, which sends every frame back to where it came from.
-struct Mirror {
-    child: Child,
-    socket: Scratch,
-}
-
-impl Mirror {
-    /// Starts it, unless it is not installed.
-    fn start() -> Option<Self> {
-        let socket = Scratch::new("testpmd.sock");
-        let device = format!("net_vhost0,iface={},queues=1", socket.0.display());
-        let child = Command::new("dpdk-testpmd")
-            .args(["--lcores", "0@0,1@1", "--no-huge", "-m", "256", "--no-pci"])
-            .args(["--no-shconf", "--no-telemetry", "--vdev", &device, "--"])
-            .args(["-i", "--auto-start", "--forward-mode=io"])
-            .args(["--port-topology=loop", "--no-mlockall"])
-            .args(["--total-num-mbufs=4096", "--txd=256", "--rxd=256"])
-            // It ends when this closes, which happens at the latest when this program ends.
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .ok()?;
-        Some(Self { child, socket })
-    }
-
-    /// Waits for it to listen, and makes a NIC of it.
-    fn connect(&self, memory: &Arc<Memory>, withheld: u64) -> VhostUserTransport {
-        let mac = [2, 0, 0, 0, 0, 9];
-        let options = VhostUserOptions::new(VhostUserDevice::Network { mac });
-        let end = Instant::now() + LONG;
-        loop {
-            let socket = Socket::at(&self.socket.0);
-            let options = options.clone().without_features(withheld);
-            match VhostUserTransport::connect(socket, memory.clone(), options) {
-                Ok(transport) => return transport,
-                Err(error) => assert!(Instant::now() < end, "{error}"),
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-impl Drop for Mirror {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// What comes back from the mirror, as the rules for NICs want it.
-struct Reflection;
-
-impl<D: NetDriverOps + ?Sized> net_rules::Peer<D> for Reflection {
-    fn send(&mut self, dev: &mut D, frame: &[u8]) -> DevResult {
-        net_rules::Peer::send(&mut net_rules::Mirror, dev, frame)
-    }
-
-    fn receive(&mut self, dev: &mut D, frame: &mut [u8]) -> DevResult<usize> {
-        net_rules::Peer::receive(&mut net_rules::Mirror, dev, frame)
-    }
-
-    fn wait(&mut self, _dev: &mut D, attempts: u32) -> bool {
-        std::thread::sleep(Duration::from_micros(if attempts < 100 {
-            10
-        } else {
-            1000
-        }));
-        attempts < 5000
-    }
-}
-
-#[test]
-fn the_contract_of_a_nic_holds_on_dpdk() {
-    let Some(mirror) = Mirror::start() else {
-        skip("skipped: dpdk-testpmd was not found: install dpdk-dev (Debian's name for it)");
-        return;
-    };
-    let memory = Memory::anonymous(DEFAULT_BASE, 16 << 20).unwrap();
-    let _installed = Machine::new(memory.clone(), Arc::new(())).install();
-    for withheld in [0, EVENT_IDX, INDIRECT_DESC] {
-        let transport = mirror.connect(&memory, withheld);
-        let handle = transport.handle();
-        let mut nic =
-            VirtIoNetDev::<MachineHal, _, 256>::try_new_with(transport, patiently()).unwrap();
-        assert_eq!(nic.capabilities().link, Some(true));
-        let verdict = net_rules::check(&mut nic, &mut Reflection);
-        verdict.unwrap_or_else(|violation| panic!("{violation} without {withheld:#x}"));
-        handle.check().unwrap();
-    }
 }

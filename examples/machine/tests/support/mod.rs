@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -18,10 +19,11 @@ use axdriver_display::DisplayDriverOps;
 use axdriver_net::NetDriverOps;
 use axdriver_virtio::{
     PciRangeAllocator, Transport, VirtIoBlkDev, VirtIoGpuDev, VirtIoNetDev, WaitPolicy,
+    pci::{MmioCam, PciRoot},
     probe_mmio_device, probe_pci_bus,
 };
-use machine::MachineHal;
 use machine::qemu::QemuBoard;
+use machine::{MachineHal, Slot};
 
 /// Far longer than anything here takes.
 pub const LONG: Duration = Duration::from_secs(20);
@@ -132,17 +134,25 @@ impl Drivers {
 
     /// Probes both buses of a board, for drivers that wait as `wait` says.
     pub fn probe_with<const QS: usize>(board: &QemuBoard, wait: WaitPolicy) -> Self {
+        Self::find::<QS>(board.mmio_slots(), board.pci(), board.pci_window(), wait)
+    }
+
+    /// Probes slots and a PCI root, for drivers that wait as `wait` says.
+    pub fn find<const QS: usize>(
+        slots: &[Slot],
+        mut root: PciRoot<MmioCam<'static>>,
+        window: Range<u64>,
+        wait: WaitPolicy,
+    ) -> Self {
         let mut drivers = Self::default();
-        for slot in board.mmio_slots() {
+        for slot in slots {
             // SAFETY: the registers are those of the board, and nobody else uses the slot.
             if let Some((kind, transport)) = unsafe { probe_mmio_device(slot.pointer(), slot.size) }
             {
                 drivers.add::<_, QS>(kind, transport, wait);
             }
         }
-        let window = board.pci_window();
         let mut allocator = PciRangeAllocator::new(window.start, window.end - window.start);
-        let mut root = board.pci();
         for (_, kind, transport) in
             probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut allocator))
         {
