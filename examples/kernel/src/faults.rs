@@ -3,15 +3,60 @@
 //! Whoever started the machine reads the console, and does to it what a line here asks for.
 
 use alloc::vec;
+use core::time::Duration;
 
 use axdriver_base::DevError;
 
+use crate::arch::{Arch, Architecture};
 use crate::devices::{Device, Disk};
 use crate::error::{Error, Result};
 use crate::{disk, interrupts, println};
 
 /// How many requests may be lost until the disk is let go on.
 const MAX_LOST: u32 = 4;
+
+/// Lines are raised that no device has raised: those of all devices, and the one below, which nobody
+/// serves. After each, the disk is made larger as a sign that the line is low again.
+///
+/// # Errors
+///
+/// * [`Error::Wrong`]: a device has taken such an interrupt for its own.
+/// * [`Error::Device`]: the disk fails.
+pub(crate) fn stray_interrupts(device: &mut Device<dyn Disk>) -> Result {
+    let mut lines = interrupts::lines();
+    let unserved = lines.first().map_or(0, |line| line.saturating_sub(1));
+    Arch::set_line(unserved, true);
+    lines.insert(unserved);
+    println!("lines: {lines:?}");
+    for line in lines {
+        let (of_devices, before, _) = interrupts::totals();
+        println!("line {line}: raise it");
+        let stray = loop {
+            match interrupts::totals() {
+                (count, ..) if count != of_devices => {
+                    return Err(Error::Wrong("a device has served a stray interrupt"));
+                }
+                (_, strays, _) if strays != before => break strays - before,
+                _ => nap(),
+            }
+        };
+        println!("line {line}: {stray} stray, lower it");
+        while !interrupts::take_changed(device.source) {
+            nap();
+        }
+        let failed = |error| Error::Device("the disk", error);
+        device.driver.reconfigure().map_err(failed)?;
+    }
+    while interrupts::any_masked() {
+        nap();
+    }
+    Ok(())
+}
+
+/// Sleeps for a tick of the clock, between two looks at what no interrupt tells.
+fn nap() {
+    interrupts::sleep_until(interrupts::count(), Arch::now() + Duration::from_millis(10));
+}
 
 /// A disk that has been worked with does not answer a request, and is let go on later.
 ///

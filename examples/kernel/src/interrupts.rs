@@ -4,7 +4,7 @@
 //! looks. Nothing looks at a device because a clock ticked, so a lost interrupt is a request that
 //! never ends: the wait is over at a deadline, and the run fails.
 
-use alloc::vec::Vec;
+use alloc::{collections::BTreeSet, vec::Vec};
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use core::time::Duration;
 
@@ -12,7 +12,7 @@ use axdriver_base::InterruptCause;
 use axdriver_virtio::InterruptHandle;
 use spin::Mutex;
 
-use crate::arch::{Arch, Architecture};
+use crate::arch::{Arch, Architecture, TICKS_PER_SECOND};
 
 /// How long a request may take. Then its interrupt, or its device, counts as lost.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
@@ -20,7 +20,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 /// How long an interrupt may stay behind what it announces.
 pub(crate) const GRACE: Duration = Duration::from_millis(300);
 
-/// How many interrupts in a row may be nobody's before their line is masked.
+/// How many interrupts in a row may be nobody's before their line is masked: for good, or for a
+/// second if somebody serves it.
 const MAX_STRAY: u32 = 1000;
 
 struct Source {
@@ -29,6 +30,8 @@ struct Source {
     handle: Option<InterruptHandle<'static>>,
     /// How many interrupts were this device's.
     count: u32,
+    /// Whether the line is masked, because too many interrupts in a row were nobody's.
+    masked: bool,
     /// Whether the device has said that its configuration has changed, and nobody has asked yet.
     changed: bool,
 }
@@ -69,6 +72,7 @@ pub(crate) fn add_source(line: u32, handle: Option<InterruptHandle<'static>>) ->
             line,
             handle,
             count: 0,
+            masked: false,
             changed: false,
         });
         Arch::set_line(line, true);
@@ -117,6 +121,9 @@ pub(crate) fn handle(line: u32) {
     if IN_A_ROW.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_STRAY {
         // Somebody unknown holds the line. Without this, nothing but this handler would run.
         Arch::set_line(line, false);
+        for source in sources.iter_mut().filter(|source| source.line == line) {
+            source.masked = source.handle.is_some();
+        }
         IN_A_ROW.store(0, Ordering::Relaxed);
         log::warn!("line {line} is masked: {MAX_STRAY} interrupts in a row were nobody's");
     }
@@ -124,7 +131,15 @@ pub(crate) fn handle(line: u32) {
 
 /// Serves a tick of the clock. Called by the trap entry, with interrupts masked.
 pub(crate) fn tick() {
-    TICKS.fetch_add(1, Ordering::Relaxed);
+    let ticks = TICKS.fetch_add(1, Ordering::Relaxed) + 1;
+    if u64::from(ticks).is_multiple_of(TICKS_PER_SECOND) {
+        // What was masked gets another chance, so that a storm that has passed does no harm.
+        let mut sources = SOURCES.lock();
+        for source in sources.iter_mut().filter(|source| source.masked) {
+            source.masked = false;
+            Arch::set_line(source.line, true);
+        }
+    }
 }
 
 /// Waits for interrupts of this source from now on.
@@ -163,6 +178,16 @@ pub(crate) fn sleep_between_looks(_looks: u64) -> bool {
 /// Returns how many interrupts of a source there were.
 pub(crate) fn count_of(source: usize) -> u32 {
     masked(|| SOURCES.lock().get(source).map_or(0, |source| source.count))
+}
+
+/// Returns the lines of devices.
+pub(crate) fn lines() -> BTreeSet<u32> {
+    masked(|| SOURCES.lock().iter().map(|source| source.line).collect())
+}
+
+/// Returns whether a line that somebody serves is masked, to get another chance.
+pub(crate) fn any_masked() -> bool {
+    masked(|| SOURCES.lock().iter().any(|source| source.masked))
 }
 
 /// Waits a little for a source to have other than `seen` interrupts, and returns whether it has.

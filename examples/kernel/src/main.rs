@@ -87,6 +87,12 @@ fn run(boot: &Boot) -> Result {
         interrupts::lose_all();
     }
 
+    if asked("stray-interrupts")
+        && let Some(disk) = devices.disks.first_mut()
+    {
+        faults::stray_interrupts(disk)?;
+    }
+
     let mut report = Report::default();
     for disk in &mut devices.disks {
         report.work("disk", disk, |driver, _| disk::work(driver));

@@ -103,7 +103,7 @@ pub(crate) const fn word(value: u64) -> usize {
 const _: () = assert!(usize::BITS == u64::BITS);
 
 /// How often the clock interrupts in a second.
-const TICKS_PER_SECOND: u64 = 100;
+pub(crate) const TICKS_PER_SECOND: u64 = 100;
 
 /// Returns the time that a counter shows which counts `hertz`, not 0, in a second.
 fn counted_time(count: u64, hertz: u64) -> Duration {

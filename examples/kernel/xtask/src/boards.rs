@@ -17,6 +17,9 @@ pub(crate) struct Board {
     pub(crate) command_line: Option<u64>,
     /// Whether a line that stays asserted interrupts again, as it should. QEMU 7.2's PLIC forgets to.
     pub(crate) level: bool,
+    /// The type of QEMU's interrupt controllers, the line that is the first one's first input, and how
+    /// many inputs each has.
+    pub(crate) controllers: (&'static str, u32, u32),
     /// QEMU's exit status when the kernel says that all is well, and when it says that it is not.
     pub(crate) status: (i32, i32),
 }
@@ -41,6 +44,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: true,
         command_line: None,
         level: true,
+        controllers: PC_CONTROLLERS,
         status: PC_STATUS,
     },
     Board {
@@ -62,6 +66,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: false,
         command_line: None,
         level: true,
+        controllers: PC_CONTROLLERS,
         status: PC_STATUS,
     },
     Board {
@@ -83,6 +88,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: false,
         command_line: None,
         level: true,
+        controllers: ("arm_gic", 32, 288),
         status: (0, 1),
     },
     Board {
@@ -102,6 +108,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: true,
         command_line: None,
         level: true,
+        controllers: ("arm_gic", 32, 288),
         status: (0, 1),
     },
     Board {
@@ -112,6 +119,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: false,
         command_line: None,
         level: false,
+        controllers: ("riscv.sifive.plic", 0, 96),
         status: (0, 1),
     },
     Board {
@@ -122,6 +130,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: true,
         command_line: None,
         level: false,
+        controllers: ("riscv.sifive.plic", 0, 96),
         status: (0, 1),
     },
     Board {
@@ -132,6 +141,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: true,
         command_line: Some(0x8_0000),
         level: false,
+        controllers: ("loongarch_pch_pic", 0, 64),
         // The machine has no way to end with a status.
         status: (0, 0),
     },
@@ -140,3 +150,4 @@ pub(crate) const BOARDS: &[Board] = &[
 /// Writing v to this ends QEMU with the status (v << 1) | 1.
 const PC_EXIT: &str = "isa-debug-exit,iobase=0xf4,iosize=0x04";
 const PC_STATUS: (i32, i32) = (0x10 << 1 | 1, 0x11 << 1 | 1);
+const PC_CONTROLLERS: (&str, u32, u32) = ("isa-i8259", 0, 8);

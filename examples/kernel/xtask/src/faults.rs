@@ -1,24 +1,28 @@
 //! What is done to a machine while the kernel runs on it, which the kernel must survive.
 
-use crate::Result;
+use crate::boards::Board;
 use crate::monitor::Monitor;
 use crate::qemu::Qemu;
+use crate::{Result, image};
 
 /// A fault of a machine's.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Fault {
     /// The disk does not answer a request.
     UnansweredRequest,
+    /// Interrupt lines are high though no device has raised them.
+    StrayInterrupts,
 }
 
 impl Fault {
     /// All of them.
-    pub(crate) const ALL: &[Self] = &[Self::UnansweredRequest];
+    pub(crate) const ALL: &[Self] = &[Self::UnansweredRequest, Self::StrayInterrupts];
 
     /// What a test with this fault is called.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::UnansweredRequest => "unanswered request",
+            Self::StrayInterrupts => "stray interrupts",
         }
     }
 
@@ -26,6 +30,7 @@ impl Fault {
     pub(crate) const fn command_line(self) -> &'static str {
         match self {
             Self::UnansweredRequest => "unanswered-request",
+            Self::StrayInterrupts => "stray-interrupts",
         }
     }
 
@@ -34,7 +39,7 @@ impl Fault {
     /// # Errors
     ///
     /// It does not ask, or QEMU refuses.
-    pub(crate) fn inflict(self, qemu: &mut Qemu, monitor: &mut Monitor) -> Result {
+    pub(crate) fn inflict(self, board: &Board, qemu: &mut Qemu, monitor: &mut Monitor) -> Result {
         match self {
             Self::UnansweredRequest => {
                 // A byte in a second. The first request is still answered at once.
@@ -42,6 +47,22 @@ impl Fault {
                 throttle(monitor, 1)?;
                 qemu.wait_for("answer it again")?;
                 throttle(monitor, 0)
+            }
+            Self::StrayInterrupts => {
+                let mut wires = qemu.wires(board, monitor)?;
+                let lines = numbers(&qemu.wait_for("lines: ")?);
+                for (line, size) in lines.into_iter().zip((image::SIZE..).step_by(512).skip(1)) {
+                    qemu.wait_for(&format!("line {line}: raise it"))?;
+                    wires.set_line(line, true)?;
+                    qemu.wait_for("stray, lower it")?;
+                    // The first is held until it is masked, if it interrupts as long as it is held.
+                    if board.level && size == image::SIZE + 512 && qemu.expect(MASKED).is_err() {
+                        qemu.wait_for(MASKED)?;
+                    }
+                    wires.set_line(line, false)?;
+                    monitor.resize_disk(size)?;
+                }
+                Ok(())
             }
         }
     }
@@ -51,11 +72,36 @@ impl Fault {
     /// # Errors
     ///
     /// It is not what it should be.
-    pub(crate) fn check(self, qemu: &Qemu) -> Result {
+    pub(crate) fn check(self, board: &Board, qemu: &Qemu) -> Result {
         match self {
             Self::UnansweredRequest => qemu.expect("lost, and what was written before is there"),
+            Self::StrayInterrupts => {
+                let of = |text| qemu.said().iter().rev().find(|line| line.contains(text));
+                let raised = of("lines: ").map_or(0, |line| numbers(line).len());
+                let totals = of(" stray, ").map(|line| numbers(line)).unwrap_or_default();
+                let stray = totals.get(1).map_or(0, |&stray| stray as usize);
+                let expected = if board.level {
+                    raised + 999..=usize::MAX
+                } else {
+                    raised..=raised
+                };
+                if raised < 2 || !expected.contains(&stray) {
+                    return Err(format!("{stray} stray interrupts of {raised} lines").into());
+                }
+                Ok(())
+            }
         }
     }
+}
+
+/// What the kernel says of a line that has interrupted for nobody all too often.
+const MASKED: &str = "1000 interrupts in a row were nobody's";
+
+/// Returns the numbers in a line of the console's.
+fn numbers(line: &str) -> Vec<u32> {
+    line.split(|character: char| !character.is_ascii_digit())
+        .filter_map(|word| word.parse().ok())
+        .collect()
 }
 
 /// Lets the disk move so many bytes in a second, or as many as it can for 0.

@@ -10,6 +10,8 @@ use crate::Result;
 const BLOCK: usize = 512;
 /// The size of the disk, in blocks: 16 MiB.
 const BLOCKS: u32 = 32 * 1024;
+/// The size of the disk, in bytes.
+pub(crate) const SIZE: u64 = BLOCK as u64 * BLOCKS as u64;
 /// Where the partition begins, in blocks.
 const FIRST: u32 = 2048;
 

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use crate::Result;
+use crate::boards::Board;
 use crate::qemu::PATIENCE;
 
 /// QEMU's monitor (QMP): a line of JSON each way.
@@ -50,6 +51,40 @@ impl Monitor {
         }
     }
 
+    /// Makes the disk larger, to a size in bytes.
+    ///
+    /// # Errors
+    ///
+    /// QEMU refuses.
+    pub(crate) fn resize_disk(&mut self, size: u64) -> Result {
+        self.execute(&format!(
+            r#"{{"execute":"block_resize","arguments":{{"device":"disk0","size":{size}}}}}"#
+        ))?;
+        Ok(())
+    }
+
+    /// Returns the paths of the parts of the machine that are of a type, in the order of their making.
+    ///
+    /// # Errors
+    ///
+    /// QEMU refuses.
+    pub(crate) fn parts(&mut self, kind: &str) -> Result<Vec<String>> {
+        let folder = "/machine/unattached";
+        let answer = self.execute(&format!(
+            r#"{{"execute":"qom-list","arguments":{{"path":"{folder}"}}}}"#
+        ))?;
+        // {"name": "device[5]", "type": "child<isa-i8259>"}
+        let kind = format!(r#""type": "child<{kind}>""#);
+        let mut numbers: Vec<u32> = answer
+            .split('}')
+            .filter(|row| row.contains(&kind))
+            .filter_map(|row| row.split_once("device[")?.1.split_once(']')?.0.parse().ok())
+            .collect();
+        numbers.sort_unstable();
+        let path = |number| format!("{folder}/device[{number}]");
+        Ok(numbers.into_iter().map(path).collect())
+    }
+
     /// Returns the port of the host that leads to the kernel's echo server.
     ///
     /// # Errors
@@ -69,5 +104,57 @@ impl Monitor {
             .nth(2)
             .ok_or("no forwarded port")?
             .parse()?)
+    }
+}
+
+/// QEMU's qtest server: the machine's wires.
+pub(crate) struct Wires {
+    lines: BufReader<UnixStream>,
+    /// The interrupt controllers.
+    controllers: Vec<String>,
+    /// The line that is the first controller's first input, and how many inputs each has.
+    first: u32,
+    inputs: u32,
+}
+
+impl Wires {
+    /// Connects.
+    ///
+    /// # Errors
+    ///
+    /// Nobody listens at `socket`.
+    pub(crate) fn connect(socket: &Path, board: &Board, monitor: &mut Monitor) -> Result<Self> {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let (kind, first, inputs) = board.controllers;
+        Ok(Self {
+            lines: BufReader::new(stream),
+            controllers: monitor.parts(kind)?,
+            first,
+            inputs,
+        })
+    }
+
+    /// Sets the level of an interrupt line.
+    ///
+    /// # Errors
+    ///
+    /// There is no such line, or QEMU is gone.
+    pub(crate) fn set_line(&mut self, line: u32, high: bool) -> Result {
+        let input = line.checked_sub(self.first).ok_or("no such line")?;
+        let controller = self.controllers.get((input / self.inputs) as usize);
+        let controller = controller.ok_or("no such line")?;
+        let (input, level) = (input % self.inputs, u8::from(high));
+        writeln!(
+            self.lines.get_mut(),
+            "set_irq_in {controller} unnamed-gpio-in {input} {level}"
+        )?;
+        let mut answer = String::new();
+        self.lines.read_line(&mut answer)?;
+        if answer.trim_end() == "OK" {
+            Ok(())
+        } else {
+            Err(format!("line {line}: QEMU says `{}`", answer.trim_end()).into())
+        }
     }
 }

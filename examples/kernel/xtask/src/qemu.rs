@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::boards::Board;
 use crate::checksum::checksum;
 use crate::faults::Fault;
-use crate::monitor::Monitor;
+use crate::monitor::{Monitor, Wires};
 use crate::{Result, compile, image, screen};
 
 /// How long a boot may take.
@@ -38,6 +38,8 @@ pub(crate) enum Console {
 /// QEMU, which is killed when this is dropped.
 pub(crate) struct Qemu {
     child: Child,
+    /// Where its sockets are.
+    directory: PathBuf,
     lines: Receiver<String>,
     console: Console,
     /// What the console has said so far.
@@ -71,14 +73,19 @@ pub(crate) fn boot(
     let content = bytes(PAGE, 1);
     std::fs::write(&page, &content)?;
 
-    let command_line = fault.map_or("", Fault::command_line);
-    let mut qemu = Qemu::start(board, kernel, &directory, command_line, console)?;
+    let mut qemu = Qemu::start(
+        board,
+        kernel,
+        &directory,
+        fault.map_or("", Fault::command_line),
+        console,
+    )?;
     let result = (|| {
         // The console's first line: the monitor is there.
         qemu.wait_for("kernel: ")?;
         let mut monitor = Monitor::connect(&directory.join("qmp"))?;
         if let Some(fault) = fault {
-            fault.inflict(&mut qemu, &mut monitor)?;
+            fault.inflict(board, &mut qemu, &mut monitor)?;
         }
         qemu.wait_for(READY)?;
         let picture = directory.join("screen.ppm");
@@ -105,7 +112,7 @@ pub(crate) fn boot(
         qemu.expect("net: the link is up")?;
         qemu.expect(&format!("{} blocks now", RESIZED / 512))?;
         if let Some(fault) = fault {
-            fault.check(&qemu)?;
+            fault.check(board, &qemu)?;
         }
         if qemu.said.last().is_none_or(|line| line != "kernel: ok") {
             return Err("the last line is not `kernel: ok`".into());
@@ -194,6 +201,11 @@ impl Qemu {
         command
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()));
+        // Another way to the machine's wires, beside the processor.
+        let wires = directory.join("qtest");
+        let _ = std::fs::remove_file(&wires);
+        command.args(["-qtest-log", "none", "-qtest"]);
+        command.arg(format!("unix:{},server=on,wait=off", wires.display()));
         command.arg("-drive").arg(format!(
             "if=none,id=disk0,format=raw,file={}",
             directory.join("disk.img").display()
@@ -232,11 +244,26 @@ impl Qemu {
         });
         Ok(Self {
             child,
+            directory: directory.to_owned(),
             lines,
             console,
             said: Vec::new(),
             started: Instant::now(),
         })
+    }
+
+    /// Returns what the console has said so far.
+    pub(crate) fn said(&self) -> &[String] {
+        &self.said
+    }
+
+    /// Connects to the machine's wires.
+    ///
+    /// # Errors
+    ///
+    /// QEMU does not let one.
+    pub(crate) fn wires(&self, board: &Board, monitor: &mut Monitor) -> Result<Wires> {
+        Wires::connect(&self.directory.join("qtest"), board, monitor)
     }
 
     /// Returns the console's next line, or `None` at its end.
@@ -310,9 +337,7 @@ fn disturb(monitor: &mut Monitor) -> Result {
             r#"{{"execute":"set_link","arguments":{{"name":"nic0","up":{up}}}}}"#
         ))?;
     }
-    monitor
-        .execute(r#"{"execute":"block_resize","arguments":{"device":"disk0","size":33554432}}"#)?;
-    Ok(())
+    monitor.resize_disk(RESIZED)
 }
 
 /// Speaks to the kernel's echo server, and hears whether everything comes back.
