@@ -8,6 +8,8 @@
 //! Unsafe code here is one function, `add`, whose caller answers for the memory in the chain.
 
 mod barrier;
+#[cfg(test)]
+mod depth;
 mod ring;
 #[cfg(test)]
 mod tests;
