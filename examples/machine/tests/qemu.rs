@@ -205,7 +205,7 @@ fn an_interrupt_line_is_raised_by_a_completion_and_lowered_by_its_acknowledgemen
             board.intercept_interrupts().unwrap();
             let line = match bus {
                 Bus::Mmio => board.mmio_slots()[0].line,
-                Bus::Pci => board.pci_functions()[0].line,
+                _ => board.pci_functions()[0].line,
             };
             let mut disk = only_disk(&board);
             assert!(!board.interrupt_line(line).unwrap().asserted);

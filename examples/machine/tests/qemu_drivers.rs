@@ -381,7 +381,7 @@ fn interrupts_come_when_they_are_asked_for_and_are_acknowledged() {
             board.intercept_interrupts().unwrap();
             let line = match bus {
                 Bus::Mmio => board.mmio_slots()[0].line,
-                Bus::Pci => board.pci_functions()[0].line,
+                _ => board.pci_functions()[0].line,
             };
             let mut drivers = Drivers::probe::<16>(&board);
             let nic = drivers.nics[0].as_mut();

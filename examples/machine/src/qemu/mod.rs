@@ -136,6 +136,7 @@ pub struct QemuBoard {
     cables: Vec<Option<Cable>>,
     mmio_slots: Vec<Slot>,
     pci_functions: Vec<Function>,
+    root_ports: Vec<DeviceFunction>,
     /// Where QEMU writes the pictures that are asked of it.
     picture: File,
     /// The path of `picture`, as QEMU sees it.
@@ -243,6 +244,7 @@ impl QemuBoard {
             cables,
             mmio_slots,
             pci_functions,
+            root_ports: options.root_ports()?,
             picture,
             picture_path,
             intercepting: false,
@@ -285,9 +287,15 @@ impl QemuBoard {
         }
     }
 
-    /// Returns the functions with a virtio device, in the order of the options. There are others, such as the host bridge.
+    /// Returns the functions on bus 0 with a virtio device, in the order of the options. There are others, such as the host
+    /// bridge.
     pub fn pci_functions(&self) -> &[Function] {
         &self.pci_functions
+    }
+
+    /// Returns the root ports, in the order of the options. Each has one device behind it, and no bus number yet.
+    pub fn root_ports(&self) -> &[DeviceFunction] {
+        &self.root_ports
     }
 
     /// Returns QEMU's version: major, minor, micro.
@@ -556,6 +564,19 @@ fn show_configuration_space(qtest: &mut Qtest) -> Result<(), QemuError> {
 }
 
 impl QemuOptions {
+    /// Returns where the root ports are.
+    fn root_ports(&self) -> Result<Vec<DeviceFunction>, QemuError> {
+        let port = |place: &Place| match place {
+            Place::RootPort(device) => Some(DeviceFunction {
+                bus: 0,
+                device: *device,
+                function: 0,
+            }),
+            Place::MmioSlot(_) | Place::PciDevice(_) => None,
+        };
+        Ok(self.places()?.iter().filter_map(port).collect())
+    }
+
     /// Returns what the board has in its places.
     fn devices(&self) -> Result<(Vec<Slot>, Vec<Function>), QemuError> {
         let places = self.places()?;
@@ -579,7 +600,7 @@ impl QemuOptions {
             .iter()
             .filter_map(|place| match place {
                 Place::PciDevice(number) => Some(*number),
-                Place::MmioSlot(_) => None,
+                Place::MmioSlot(_) | Place::RootPort(_) => None,
             })
             .zip(on_mmio..)
             .map(|(number, device)| Function {

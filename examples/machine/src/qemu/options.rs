@@ -52,6 +52,8 @@ pub enum Bus {
     Mmio,
     /// The PCI root bus.
     Pci,
+    /// A PCI Express root port of its own, on the root bus: a slot that the device can be unplugged from.
+    RootPort,
 }
 
 /// The format of a disk image.
@@ -339,7 +341,7 @@ impl Display {
 /// What a board in QEMU is made of.
 ///
 /// Devices of a bus sit in the order in which they were added: the first on MMIO in slot 0, the
-/// first on PCI as device 1 of bus 0. QEMU's names for them, as QMP wants them, count by kind: the
+/// first on PCI as device 1 of bus 0, where a root port stands for the device behind it. QEMU's names for them, as QMP wants them, count by kind: the
 /// first disk is the device `disk0` and the block node `disk0`, the first NIC `nic0`, the first
 /// display `display0`.
 ///
@@ -380,6 +382,8 @@ enum Kind {
 pub(super) enum Place {
     MmioSlot(usize),
     PciDevice(u8),
+    /// Behind the root port with this device number.
+    RootPort(u8),
 }
 
 /// The number of the PCI device that comes first. 0 is the host bridge.
@@ -482,6 +486,7 @@ impl QemuOptions {
         let place = |kind: &Kind| match self.device(*kind).bus {
             Bus::Mmio => slots.next().map(Place::MmioSlot),
             Bus::Pci => devices.next().map(Place::PciDevice),
+            Bus::RootPort => devices.next().map(Place::RootPort),
         };
         self.order
             .iter()
@@ -539,6 +544,11 @@ impl QemuOptions {
                 .option("-global", "cortex-a57-arm-cpu.start-powered-off=on"),
             QemuMachine::X86Q35 => launch
                 .option("-M", "q35")
+                // Slots are controlled by their root ports, not by ACPI, which takes a running guest.
+                .option(
+                    "-global",
+                    "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
+                )
                 .option(
                     "-m",
                     format!("16M,slots=1,maxmem={}M", (size >> 20).saturating_add(16)),
@@ -574,6 +584,12 @@ impl QemuOptions {
             launch.option("-netdev", format!("{kind},id=net{number}{rest}"));
         }
         for (kind, place) in self.order.iter().zip(self.places()?) {
+            if let Place::RootPort(number) = place {
+                let port = format!(
+                    "pcie-root-port,id=port{number},bus=pcie.0,addr={number:#x},chassis={number},slot={number}"
+                );
+                launch.option("-device", port);
+            }
             launch.option("-device", self.device_option(*kind, place));
         }
         for argument in &self.arguments {
@@ -585,7 +601,7 @@ impl QemuOptions {
     fn device_option(&self, kind: Kind, place: Place) -> String {
         let bus = match place {
             Place::MmioSlot(_) => "device",
-            Place::PciDevice(_) => "pci",
+            Place::PciDevice(_) | Place::RootPort(_) => "pci",
         };
         let mut option = match kind {
             // Errors go to the driver: QEMU's default is to stop the machine when the host's disk is full.
@@ -599,6 +615,7 @@ impl QemuOptions {
         match place {
             Place::MmioSlot(slot) => option += &format!(",bus=virtio-mmio-bus.{slot}"),
             Place::PciDevice(number) => option += &format!(",bus=pcie.0,addr={number:#x}"),
+            Place::RootPort(number) => option += &format!(",bus=port{number}"),
         }
         let own = &self.device(kind).properties;
         let of_all = self
@@ -609,7 +626,8 @@ impl QemuOptions {
         let modern_only = ("disable-legacy".to_owned(), "on".to_owned());
         let has = |name: &str| properties.iter().any(|(known, _)| known == name);
         // A transitional device could be driven without the feature, so QEMU wants this too.
-        if matches!(place, Place::PciDevice(_)) && has("iommu_platform") && !has("disable-legacy") {
+        let on_pci = !matches!(place, Place::MmioSlot(_));
+        if on_pci && has("iommu_platform") && !has("disable-legacy") {
             properties.push(&modern_only);
         }
         for (name, value) in properties {
@@ -687,14 +705,16 @@ mod tests {
             .disk(disk().on(Bus::Mmio))
             .nic(Nic::on_cable())
             .display(Display::new(1, 1).on(Bus::Mmio))
-            .disk(disk());
+            .disk(disk())
+            .nic(Nic::on_cable().on(Bus::RootPort));
         assert_eq!(
             options.places().unwrap(),
             [
                 Place::MmioSlot(0),
                 Place::PciDevice(1),
                 Place::MmioSlot(1),
-                Place::PciDevice(2)
+                Place::PciDevice(2),
+                Place::RootPort(3)
             ]
         );
     }

@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,14 +19,18 @@ use axdriver_display::DisplayDriverOps;
 use axdriver_net::NetDriverOps;
 use axdriver_virtio::{
     PciRangeAllocator, Transport, VirtIoBlkDev, VirtIoGpuDev, VirtIoNetDev, WaitPolicy,
-    pci::{MmioCam, PciRoot},
-    probe_mmio_device, probe_pci_bus,
+    pci::{Cam, MmioCam, PciRoot},
+    probe_mmio_device, probe_pci_buses,
 };
 use machine::qemu::QemuBoard;
+use machine::registers::register_pointer;
 use machine::{MachineHal, Slot};
 
 /// Far longer than anything here takes.
 pub const LONG: Duration = Duration::from_secs(20);
+
+/// The PCI buses that each board has: `virt` has the configuration space of no more.
+pub const BUSES: RangeInclusive<u8> = 0..=15;
 
 /// Says why a test is skipped, or a part of it.
 ///
@@ -154,7 +158,7 @@ impl Drivers {
         }
         let mut allocator = PciRangeAllocator::new(window.start, window.end - window.start);
         for (_, kind, transport) in
-            probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut allocator))
+            probe_pci_buses::<MachineHal, _>(&mut root, BUSES, Some(&mut allocator))
         {
             drivers.add::<_, QS>(kind, transport, wait);
         }
@@ -221,4 +225,10 @@ pub fn much() -> u64 {
         .and_then(|text| text.parse::<u64>().ok())
         .unwrap_or(64)
         << 20
+}
+
+/// The configuration space of a board, for what is not to go through its PCI root.
+pub fn configuration(board: &QemuBoard) -> MmioCam<'static> {
+    // SAFETY: on a board, register addresses are numbers that its bus looks up; nothing is dereferenced.
+    unsafe { MmioCam::new(register_pointer(board.ecam()), Cam::Ecam) }
 }
