@@ -6,11 +6,14 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use machine::{Board as Machine, Builder, Cable, Device as Part, Disk, Display, Nic, Version};
+use machine::{
+    Board as Machine, Builder, Cable, Device as Part, Disk, Display, Nic, Version,
+    qemu::ImageFormat,
+};
 use smoltcp::time::Instant;
 
 use super::{
-    Board, Device, FarEnd, Format, Map, Medium, PciMap, Place, Plan, Transport, Work, check_image,
+    Board, Device, FarEnd, Map, Medium, PciMap, Place, Plan, Transport, Work, image_format,
     map::places, memory_complaints,
 };
 use crate::{
@@ -244,7 +247,7 @@ fn disk(medium: &Medium) -> anyhow::Result<Disk> {
     };
     let name = path.display();
     ensure!(
-        check_image(path)? == Format::Raw,
+        image_format(path)? == ImageFormat::Raw,
         "{name} is a qcow2 image, an emulated board takes raw ones only: use --board qemu, or make one with `qemu-img convert -O raw {name} disk.img`"
     );
     let disk = if read_only {

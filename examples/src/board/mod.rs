@@ -5,11 +5,15 @@ mod map;
 mod qemu;
 mod vhost_user;
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use embedded_graphics::pixelcolor::Rgb888;
-use machine::{Memory, Version};
+use machine::{Memory, Version, qemu::ImageFormat};
 use smoltcp::time::Instant;
 
 pub use self::{
@@ -355,21 +359,10 @@ fn memory_complaints(memory: &Memory) -> Vec<String> {
     complaints
 }
 
-/// The format of an image, as its first bytes tell.
-#[derive(Debug, Clone, Copy, Eq, PartialEq)]
-enum Format {
-    Raw,
-    Qcow2,
-}
-
-/// Looks at an image, and refuses what is none with a reason.
-fn check_image(path: &Path) -> anyhow::Result<Format> {
-    use std::io::{Read, Seek, SeekFrom};
-
-    use anyhow::Context;
-
+/// Looks at an image, and returns its format or refuses what is none with a reason.
+fn image_format(path: &Path) -> anyhow::Result<ImageFormat> {
     let name = path.display();
-    let mut file = std::fs::File::open(path).with_context(|| format!("cannot open {name}"))?;
+    let mut file = File::open(path).with_context(|| format!("cannot open {name}"))?;
     ensure!(
         !file.metadata()?.is_dir(),
         "{name} is a directory, not a disk image"
@@ -386,7 +379,7 @@ fn check_image(path: &Path) -> anyhow::Result<Format> {
     file.read_exact(&mut magic)
         .with_context(|| format!("cannot read {name}"))?;
     if magic == *b"QFI\xfb" {
-        return Ok(Format::Qcow2);
+        return Ok(ImageFormat::Qcow2);
     }
     if !size.is_multiple_of(512) {
         log::warn!(
@@ -394,5 +387,5 @@ fn check_image(path: &Path) -> anyhow::Result<Format> {
             size % 512
         );
     }
-    Ok(Format::Raw)
+    Ok(ImageFormat::Raw)
 }

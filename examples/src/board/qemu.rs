@@ -14,7 +14,7 @@ use machine::{
 use smoltcp::time::{Duration, Instant};
 
 use super::{
-    Board, Device, FarEnd, Format, Map, Medium, PciMap, Place, Plan, Transport, Work, check_image,
+    Board, Device, FarEnd, Map, Medium, PciMap, Place, Plan, Transport, Work, image_format,
     map::places, memory_complaints,
 };
 use crate::{
@@ -125,11 +125,7 @@ fn disk(medium: &Medium, media: &mut Vec<UnnamedFile>) -> anyhow::Result<Disk> {
             Ok(disk)
         }
         Medium::Image { path, read_only } => {
-            let format = match check_image(path)? {
-                Format::Raw => ImageFormat::Raw,
-                Format::Qcow2 => ImageFormat::Qcow2,
-            };
-            let disk = Disk::new(path, format);
+            let disk = Disk::new(path, image_format(path)?);
             Ok(if *read_only { disk.read_only() } else { disk })
         }
         Medium::Elsewhere => bail!("a disk of QEMU's has no program behind it"),
