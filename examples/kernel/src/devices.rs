@@ -12,12 +12,13 @@ use axdriver_virtio::{
     InterruptHandle, PciRangeAllocator, Transport, VirtIoBlkDev, VirtIoGpuDev, VirtIoNetDev,
     WaitPolicy,
     pci::{Cam, ConfigurationAccess, DeviceFunction, MmioCam, PciRoot},
-    probe_mmio_device, probe_pci_bus,
+    probe_mmio_device, probe_pci_buses, route_pci_interrupt,
 };
 
 use crate::error::{Error, Result};
 use crate::hal::KernelHal;
 use crate::machine::{Machine, MmioSlot, PciHost};
+use crate::slot::Slot;
 use crate::{interrupts, paging, println};
 
 /// How the drivers wait: asleep, and for every interrupt at most [`interrupts::PATIENCE`].
@@ -29,7 +30,10 @@ const ASLEEP: WaitPolicy = WaitPolicy::new()
 const NET_QUEUE: usize = 64;
 
 /// The size of the configuration space of one bus.
-const BUS_SIZE: usize = 1 << 20;
+pub(crate) const BUS_SIZE: usize = 1 << 20;
+
+/// The last bus that is looked at: room for the bridges of small machines, and a mapping that is made soon.
+const LAST_BUS: u8 = 15;
 
 /// Where a device is.
 #[derive(Clone, Copy, Debug)]
@@ -103,6 +107,8 @@ pub(crate) struct Devices {
     pub(crate) nics: Vec<Device<dyn Nic>>,
     /// The displays.
     pub(crate) displays: Vec<Device<dyn DisplayDriverOps>>,
+    /// The PCI host's configuration space.
+    configuration: Option<MmioCam<'static>>,
     storm: bool,
 }
 
@@ -147,13 +153,14 @@ impl Devices {
         )
     }
 
-    /// Walks bus 0; a kernel that expects bridges would walk theirs as well.
+    /// Walks bus 0 and what is behind its bridges.
     fn walk_pci(&mut self, host: &PciHost) -> Result {
-        let registers = paging::map_registers(host.configuration, BUS_SIZE)?;
-        // SAFETY: the machine's description says that the configuration space lies there. Only that
-        // of bus 0 is mapped, and no other is accessed.
+        let buses = 0..=host.last_bus.min(LAST_BUS);
+        let registers = paging::map_registers(host.configuration, buses.len() * BUS_SIZE)?;
+        // SAFETY: the machine's description says that the configuration space of these buses lies
+        // there, and no other is accessed.
         let configuration = unsafe { MmioCam::new(registers.as_ptr(), Cam::Ecam) };
-        // SAFETY: the copy only reads, and only registers that nobody writes.
+        // SAFETY: the copy only reads as long as the original is in use.
         let reader = unsafe { configuration.unsafe_clone() };
         let mut window = host
             .window
@@ -161,18 +168,29 @@ impl Devices {
             .map(|window| PciRangeAllocator::new(window.start, window.end - window.start));
         let mut root = PciRoot::new(configuration);
         for (function, kind, mut transport) in
-            probe_pci_bus::<KernelHal, _>(&mut root, 0, window.as_mut())
+            probe_pci_buses::<KernelHal, _>(&mut root, buses, window.as_mut())
         {
-            // Interrupt Line and Interrupt Pin (PCI Local Bus Specification 3.0, 6.2.4).
-            let [line, pin, ..] = reader.read_word(function, 0x3c).to_le_bytes();
-            let line = host
-                .lines
-                .line(function.device, pin, line)
+            // Interrupt Line (PCI Local Bus Specification 3.0, 6.2.4).
+            let [line, ..] = reader.read_word(function, 0x3c).to_le_bytes();
+            // The machine's description knows the lines of bus 0.
+            let line = route_pci_interrupt(&reader, 0, function)
+                .and_then(|(root, pin)| host.lines.line(root.device, pin, line))
                 .ok_or(Error::Machine("nobody knows the line of a PCI function"))?;
             let interrupt = transport.split_interrupt();
             self.start(Place::Pci(function), kind, transport, interrupt, line)?;
         }
+        self.configuration = Some(reader);
         Ok(())
+    }
+
+    /// Returns the slot that a device is plugged into, if it can be pulled from there.
+    pub(crate) fn slot(&mut self, place: Place) -> Option<Slot<'_>> {
+        let Place::Pci(function) = place else {
+            return None;
+        };
+        let configuration = self.configuration.as_mut()?;
+        let (port, _) = route_pci_interrupt(configuration, 0, function)?;
+        Slot::of(configuration, port)
     }
 
     /// Starts the driver for a device. From here on the device interrupts, and the driver sleeps.

@@ -2,13 +2,13 @@
 //!
 //! Whoever started the machine reads the console, and does to it what a line here asks for.
 
-use alloc::vec;
+use alloc::{vec, vec::Vec};
 use core::time::Duration;
 
 use axdriver_base::DevError;
 
 use crate::arch::{Arch, Architecture};
-use crate::devices::{Device, Disk};
+use crate::devices::{Device, Devices, Disk, Place};
 use crate::error::{Error, Result};
 use crate::{disk, interrupts, println};
 
@@ -90,5 +90,45 @@ pub(crate) fn unanswered_request(device: &mut Device<dyn Disk>) -> Result {
     }
     disk::check(driver)?;
     println!("disk {place}: {lost} lost, and what was written before is there");
+    Ok(())
+}
+
+/// A disk loses its power while its driver lives, which is what a card that is pulled looks like. The
+/// disk that has been pulled is no device any more.
+///
+/// # Errors
+///
+/// * [`Error::Machine`]: no disk can be pulled.
+/// * [`Error::Wrong`]: the driver does not notice, or the disk does not go.
+pub(crate) fn pulled_card(devices: &mut Devices) -> Result {
+    let places: Vec<Place> = devices.disks.iter().map(|disk| disk.place).collect();
+    let index = places
+        .iter()
+        .position(|&place| devices.slot(place).is_some());
+    let mut disk = devices
+        .disks
+        .remove(index.ok_or(Error::Machine("no disk can be pulled"))?);
+    let mut slot = devices
+        .slot(disk.place)
+        .ok_or(Error::Machine("the slot has gone"))?;
+    println!("disk {}: pull it", disk.place);
+    while !slot.button_pressed() {
+        nap();
+    }
+    slot.power_off();
+    interrupts::watch(disk.source);
+    let mut block = vec![0; disk.driver.block_size()];
+    let answers = [(); 2].map(|()| disk.driver.read_block(0, &mut block));
+    if answers != [Err(DevError::Io), Err(DevError::BadState)] {
+        return Err(Error::Wrong(
+            "the driver does not know that its disk has gone",
+        ));
+    }
+    interrupts::remove_source(disk.source);
+    drop(disk.driver);
+    if slot.is_occupied() {
+        return Err(Error::Wrong("the slot is not empty"));
+    }
+    println!("disk {}: gone, and its driver with it", disk.place);
     Ok(())
 }

@@ -80,6 +80,26 @@ pub(crate) fn add_source(line: u32, handle: Option<InterruptHandle<'static>>) ->
     })
 }
 
+/// Serves the interrupts of a device no more, which has gone.
+pub(crate) fn remove_source(source: usize) {
+    masked(|| {
+        let mut sources = SOURCES.lock();
+        let Some(source) = sources.get_mut(source) else {
+            return;
+        };
+        let line = source.line;
+        source.handle = None;
+        source.masked = false;
+        // The line may be shared.
+        if sources
+            .iter()
+            .all(|source| source.line != line || source.handle.is_none())
+        {
+            Arch::set_line(line, false);
+        }
+    });
+}
+
 /// Masks all lines for ever, so that every interrupt is lost; for a test.
 pub(crate) fn lose_all() {
     masked(|| {

@@ -83,6 +83,8 @@ pub(crate) struct MmioSlot {
 pub(crate) struct PciHost {
     /// The physical address of the configuration space of bus 0.
     pub(crate) configuration: u64,
+    /// The last bus that it is there for.
+    pub(crate) last_bus: u8,
     /// Addresses for BARs; `None` if firmware has assigned them all.
     pub(crate) window: Option<Range<u64>>,
     /// Which lines the functions' pins lead to.
@@ -182,8 +184,11 @@ fn acpi_pci_host(rsdp: u64) -> Option<PciHost> {
         .find(|&table| acpi_field(table, 0) == Some(u32::from_le_bytes(*b"MCFG")))?;
     let low = u64::from(acpi_field(table, 44)?);
     let high = u64::from(acpi_field(table, 48)?);
+    // Segment, first and last bus.
+    let [.., last_bus] = acpi_field(table, 52)?.to_le_bytes();
     Some(PciHost {
         configuration: high << 32 | low,
+        last_bus,
         window: None,
         lines: PciLines::Board,
     })

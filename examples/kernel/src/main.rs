@@ -30,6 +30,7 @@ mod paging;
 #[path = "../../src/picture.rs"]
 mod picture;
 mod registers;
+mod slot;
 #[cfg_attr(
     target_arch = "x86_64",
     expect(dead_code, reason = "this architecture's machines have none")
@@ -96,10 +97,15 @@ fn run(boot: &Boot) -> Result {
     let mut report = Report::default();
     for disk in &mut devices.disks {
         report.work("disk", disk, |driver, _| disk::work(driver));
-        if asked("unanswered-request") {
-            faults::unanswered_request(disk)?;
-            report.work("disk", disk, |driver, _| disk::work(driver));
-        }
+    }
+    if asked("unanswered-request")
+        && let Some(disk) = devices.disks.first_mut()
+    {
+        faults::unanswered_request(disk)?;
+        report.work("disk", disk, |driver, _| disk::work(driver));
+    }
+    if asked("pulled-card") {
+        faults::pulled_card(&mut devices)?;
     }
     for display in &mut devices.displays {
         report.work("display", display, |driver, _| display::work(driver));

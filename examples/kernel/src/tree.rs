@@ -10,6 +10,7 @@ use dtoolkit::standard::NodeStandard;
 use dtoolkit::{Node, Property};
 
 use crate::arch::{Arch, Architecture};
+use crate::devices::BUS_SIZE;
 use crate::error::{Error, Result};
 use crate::machine::{Machine, MmioSlot, PciHost, PciLine, PciLines};
 
@@ -93,8 +94,11 @@ impl<'a> Tree<'a> {
             let size = u64::from(range[5]) << 32 | u64::from(range[6]);
             (range[0] >> 24 & 3 == 2).then_some(start..start.saturating_add(size))
         });
+        let configuration = registers(node).next()?;
+        let buses = (configuration.end - configuration.start) / BUS_SIZE as u64;
         Some(PciHost {
-            configuration: registers(node).next()?.start,
+            configuration: configuration.start,
+            last_bus: u8::try_from(buses.checked_sub(1)?).unwrap_or(u8::MAX),
             window,
             lines: self
                 .pci_lines(node)

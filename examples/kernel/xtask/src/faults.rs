@@ -12,17 +12,32 @@ pub(crate) enum Fault {
     UnansweredRequest,
     /// Interrupt lines are high though no device has raised them.
     StrayInterrupts,
+    /// A disk is pulled from its slot.
+    PulledCard,
 }
 
 impl Fault {
     /// All of them.
-    pub(crate) const ALL: &[Self] = &[Self::UnansweredRequest, Self::StrayInterrupts];
+    pub(crate) const ALL: &[Self] = &[
+        Self::UnansweredRequest,
+        Self::StrayInterrupts,
+        Self::PulledCard,
+    ];
 
     /// What a test with this fault is called.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::UnansweredRequest => "unanswered request",
             Self::StrayInterrupts => "stray interrupts",
+            Self::PulledCard => "pulled card",
+        }
+    }
+
+    /// Whether it can happen to a board.
+    pub(crate) const fn befalls(self, board: &Board) -> bool {
+        match self {
+            Self::UnansweredRequest | Self::StrayInterrupts => true,
+            Self::PulledCard => board.pci,
         }
     }
 
@@ -31,6 +46,7 @@ impl Fault {
         match self {
             Self::UnansweredRequest => "unanswered-request",
             Self::StrayInterrupts => "stray-interrupts",
+            Self::PulledCard => "pulled-card",
         }
     }
 
@@ -64,6 +80,11 @@ impl Fault {
                 }
                 Ok(())
             }
+            Self::PulledCard => {
+                qemu.wait_for("pull it")?;
+                monitor.execute(r#"{"execute":"device_del","arguments":{"id":"card"}}"#)?;
+                monitor.wait_for_event("DEVICE_DELETED", "card")
+            }
         }
     }
 
@@ -75,6 +96,7 @@ impl Fault {
     pub(crate) fn check(self, board: &Board, qemu: &Qemu) -> Result {
         match self {
             Self::UnansweredRequest => qemu.expect("lost, and what was written before is there"),
+            Self::PulledCard => qemu.expect("gone, and its driver with it"),
             Self::StrayInterrupts => {
                 let of = |text| qemu.said().iter().rev().find(|line| line.contains(text));
                 let raised = of("lines: ").map_or(0, |line| numbers(line).len());

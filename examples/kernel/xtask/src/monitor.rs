@@ -51,6 +51,23 @@ impl Monitor {
         }
     }
 
+    /// Waits for an event that names `what`. One that came while a command was executed is gone.
+    ///
+    /// # Errors
+    ///
+    /// It does not come.
+    pub(crate) fn wait_for_event(&mut self, event: &str, what: &str) -> Result {
+        let (event, what) = (format!(r#""event": "{event}""#), format!(r#""{what}""#));
+        let mut line = String::new();
+        while !(line.contains(&event) && line.contains(&what)) {
+            line.clear();
+            if self.lines.read_line(&mut line)? == 0 {
+                return Err("QEMU's monitor is gone".into());
+            }
+        }
+        Ok(())
+    }
+
     /// Makes the disk larger, to a size in bytes.
     ///
     /// # Errors

@@ -68,10 +68,8 @@ pub(crate) fn boot(
     console: Console,
 ) -> Result<f64> {
     let directory = directory(board)?;
-    let (disk, page) = (directory.join("disk.img"), directory.join("page.bin"));
-    image::create(&disk)?;
     let content = bytes(PAGE, 1);
-    std::fs::write(&page, &content)?;
+    prepare(board, &directory, &content)?;
 
     let mut qemu = Qemu::start(
         board,
@@ -117,7 +115,10 @@ pub(crate) fn boot(
         if qemu.said.last().is_none_or(|line| line != "kernel: ok") {
             return Err("the last line is not `kernel: ok`".into());
         }
-        image::check(&disk)
+        for disk in disks(board) {
+            image::check(&directory.join(disk))?;
+        }
+        Ok(())
     })();
     qemu.conclude(result)
 }
@@ -136,8 +137,7 @@ pub(crate) fn boot_to_failure(
     unexpected: &str,
 ) -> Result<f64> {
     let directory = directory(board)?;
-    image::create(&directory.join("disk.img"))?;
-    std::fs::write(directory.join("page.bin"), bytes(PAGE, 3))?;
+    prepare(board, &directory, &bytes(PAGE, 3))?;
     let console = Console::OnFailure;
     let mut qemu = Qemu::start(board, kernel, &directory, command_line, console)?;
     let result = (|| {
@@ -162,6 +162,19 @@ fn directory(board: &Board) -> Result<PathBuf> {
     let directory = compile::target_directory().join("boots").join(board.name);
     std::fs::create_dir_all(&directory)?;
     Ok(std::path::absolute(directory)?)
+}
+
+/// Returns the names of the images of a board's disks.
+fn disks(board: &Board) -> &'static [&'static str] {
+    &["disk.img", "card.img"][..if board.pci { 2 } else { 1 }]
+}
+
+/// Makes the images of a board's disks, and its page.
+fn prepare(board: &Board, directory: &Path, page: &[u8]) -> Result {
+    for disk in disks(board) {
+        image::create(&directory.join(disk))?;
+    }
+    Ok(std::fs::write(directory.join("page.bin"), page)?)
 }
 
 impl Qemu {
@@ -225,6 +238,14 @@ impl Qemu {
         command
             .arg("-device")
             .arg(format!("virtio-gpu-{bus},id=gpu0"));
+        if board.pci {
+            command.arg("-drive").arg(format!(
+                "if=none,id=disk1,format=raw,file={}",
+                directory.join("card.img").display()
+            ));
+            command.args(["-device", "pcie-root-port,id=slot0,addr=5"]);
+            command.args(["-device", "virtio-blk-pci,id=card,bus=slot0,drive=disk1"]);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command
             .spawn()
