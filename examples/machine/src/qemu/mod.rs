@@ -19,6 +19,7 @@
 
 mod cable;
 pub(crate) mod error;
+mod monitor;
 pub(crate) mod options;
 mod ppm;
 pub(crate) mod process;
@@ -36,12 +37,14 @@ use std::time::{Duration, Instant};
 
 pub use cable::{Cable, MAX_FRAME};
 pub use error::{ImageFault, QemuError};
+pub use monitor::Monitor;
 pub use options::{
     Bus, Disk, DiskOperation, Display, Fault, ImageFormat, Nic, QemuMachine, QemuOptions,
 };
 pub use qmp::Qmp;
 pub use qtest::{InterruptLine, Qtest};
 
+use serde_json::json;
 use virtio_drivers::transport::pci::bus::{DeviceFunction, MmioCam, PciRoot};
 
 use crate::emulated::{Function, Image, Slot};
@@ -414,6 +417,23 @@ impl QemuBoard {
         ppm::image(&bytes).ok_or_else(|| QemuError::Protocol {
             message: "no PPM for a picture".to_owned(),
         })
+    }
+
+    /// Plugs a monitor into the head that [`QemuOptions::monitor`] names.
+    ///
+    /// # Errors
+    ///
+    /// * [`QemuError::Command`]: the options name none.
+    /// * [`QemuError::Gone`], [`QemuError::Silent`], [`QemuError::Protocol`]: QEMU does not speak to it.
+    /// * [`QemuError::Host`]: the operating system has no more sockets.
+    pub fn monitor(&mut self) -> Result<Monitor, QemuError> {
+        let (stream, far) = UnixStream::pair()?;
+        self.qmp.hand_over("monitor", far)?;
+        self.qmp.execute(
+            "add_client",
+            json!({ "protocol": "vnc", "fdname": "monitor", "skipauth": true }),
+        )?;
+        Monitor::new(stream)
     }
 
     /// Ends QEMU at once, as a power cut would: what it holds back is lost.

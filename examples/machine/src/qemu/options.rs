@@ -364,6 +364,8 @@ pub struct QemuOptions {
     pub(super) disks: Vec<Disk>,
     pub(super) nics: Vec<Nic>,
     displays: Vec<Display>,
+    /// The display and its head that a monitor can be plugged into.
+    pub(super) monitor: Option<(usize, u32)>,
     /// The devices in the order in which they were added.
     order: Vec<Kind>,
     properties: Vec<(String, String)>,
@@ -403,6 +405,7 @@ impl QemuOptions {
             disks: Vec::new(),
             nics: Vec::new(),
             displays: Vec::new(),
+            monitor: None,
             order: Vec::new(),
             properties: Vec::new(),
             arguments: Vec::new(),
@@ -445,6 +448,13 @@ impl QemuOptions {
     pub fn display(mut self, display: Display) -> Self {
         self.order.push(Kind::Display(self.displays.len()));
         self.displays.push(display);
+        self
+    }
+
+    /// Lets [`QemuBoard::monitor`](super::QemuBoard::monitor) plug a monitor into head `head` of the display with this number.
+    /// QEMU has a plug for one monitor only, so the last call counts.
+    pub fn monitor(mut self, display: usize, head: u32) -> Self {
+        self.monitor = Some((display, head));
         self
     }
 
@@ -591,6 +601,9 @@ impl QemuOptions {
                 launch.option("-device", port);
             }
             launch.option("-device", self.device_option(*kind, place));
+        }
+        if let Some((display, head)) = self.monitor {
+            launch.option("-vnc", format!("none,display=display{display},head={head}"));
         }
         for argument in &self.arguments {
             launch.arg(argument);

@@ -2,10 +2,12 @@
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::QemuError;
 
@@ -79,6 +81,28 @@ impl Qmp {
             .get_mut()
             .write_all(line.as_bytes())
             .map_err(|error| lost(&error, command))?;
+        self.answer(command)
+    }
+
+    /// Hands an open file to QEMU, which knows it by `name` from then on.
+    ///
+    /// # Errors
+    ///
+    /// As those of [`execute`](Self::execute).
+    pub fn hand_over(&mut self, name: &str, file: impl AsFd) -> Result<(), QemuError> {
+        let command = "getfd";
+        let mut line = json!({ "execute": command, "arguments": { "fdname": name } }).to_string();
+        line.push('\n');
+        // It goes along with the first byte, and so short a line is taken whole.
+        self.stream
+            .get_mut()
+            .send_with_fd(line.as_bytes(), file.as_fd().as_raw_fd())
+            .map_err(|error| lost(&error.into(), command))?;
+        self.answer(command).map(drop)
+    }
+
+    /// Reads up to the answer to a command.
+    fn answer(&mut self, command: &str) -> Result<Value, QemuError> {
         loop {
             let mut object = self.next_object(command)?;
             if object.contains_key("event") {
