@@ -17,7 +17,7 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axdriver_base::DevError;
 use axdriver_net::{NetDriverOps, smoltcp::SmoltcpDevice};
@@ -26,6 +26,9 @@ use machine::qemu::{
     Bus, Disk, DiskOperation, Display, Fault, ImageFormat, Nic, QemuBoard, QemuMachine, QemuOptions,
 };
 use machine::{MachineHal, Version};
+use smoltcp::iface::{Config, Interface, SocketSet};
+use smoltcp::socket::{dhcpv4, tcp, udp};
+use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr};
 use support::{Drivers, LONG, Scratch, much, patiently, pattern, skip, write_at_random};
 
 const VIRT: QemuMachine = QemuMachine::Aarch64Virt;
@@ -235,12 +238,9 @@ fn a_flood_comes_in_whole_and_in_order() {
             cable
         });
         let mut expected = 0;
-        let end = std::time::Instant::now() + LONG;
+        let end = Instant::now() + LONG;
         while expected < frames {
-            assert!(
-                std::time::Instant::now() < end,
-                "{expected} of {frames} came"
-            );
+            assert!(Instant::now() < end, "{expected} of {frames} came");
             match nic.receive() {
                 Ok(buffer) => {
                     let number = u32::from_le_bytes(buffer.packet()[14..18].try_into().unwrap());
@@ -289,13 +289,140 @@ fn what_is_drawn_is_what_qemu_shows() {
     }
 }
 
+/// A network stack on a NIC in QEMU's user network.
+struct Network {
+    start: Instant,
+    device: SmoltcpDevice<Box<dyn NetDriverOps>>,
+    interface: Interface,
+    sockets: SocketSet<'static>,
+}
+
+/// The host, as QEMU's user network has it.
+const HOST: IpAddress = IpAddress::v4(10, 0, 2, 2);
+
+impl Network {
+    /// Gets an address by DHCP.
+    fn join(nic: Box<dyn NetDriverOps>) -> Self {
+        let address = HardwareAddress::Ethernet(EthernetAddress(nic.mac_address().0));
+        let mut device = SmoltcpDevice::new(nic);
+        let interface = Interface::new(
+            Config::new(address),
+            &mut device,
+            smoltcp::time::Instant::ZERO,
+        );
+        let mut network = Self {
+            start: Instant::now(),
+            device,
+            interface,
+            sockets: SocketSet::new(vec![]),
+        };
+        let dhcp = network.sockets.add(dhcpv4::Socket::new());
+        let configuration = loop {
+            network.poll();
+            let socket = network.sockets.get_mut::<dhcpv4::Socket<'_>>(dhcp);
+            if let Some(dhcpv4::Event::Configured(configuration)) = socket.poll() {
+                break configuration;
+            }
+        };
+        assert_eq!(configuration.address.to_string(), "10.0.2.15/24");
+        network.interface.update_ip_addrs(|addresses| {
+            addresses.push(IpCidr::Ipv4(configuration.address)).unwrap();
+        });
+        network
+    }
+
+    /// Lets frames come and go.
+    fn poll(&mut self) {
+        let now = self.start.elapsed();
+        assert!(now < LONG, "what was asked for does not come");
+        let now = smoltcp::time::Instant::from_micros(now.as_micros() as i64);
+        self.interface
+            .poll(now, &mut self.device, &mut self.sockets);
+        std::thread::yield_now();
+    }
+
+    /// Sends a request over TCP, and returns the first `length` bytes of the answer.
+    fn get_over_tcp(&mut self, port: u16, request: &[u8], length: usize) -> Vec<u8> {
+        let buffer = || tcp::SocketBuffer::new(vec![0; 16 * 1024]);
+        let mut socket = tcp::Socket::new(buffer(), buffer());
+        socket
+            .connect(self.interface.context(), (HOST, port), 49_152)
+            .unwrap();
+        let handle = self.sockets.add(socket);
+        let mut received = Vec::new();
+        let mut asked = false;
+        while received.len() < length {
+            self.poll();
+            let socket = self.sockets.get_mut::<tcp::Socket<'_>>(handle);
+            if socket.may_send() && !asked {
+                socket.send_slice(request).unwrap();
+                asked = true;
+            }
+            if socket.can_recv() {
+                let mut chunk = [0; 4096];
+                let length = socket.recv_slice(&mut chunk).unwrap();
+                received.extend_from_slice(&chunk[..length]);
+            }
+        }
+        received
+    }
+
+    /// Fetches a file by TFTP (RFC 1350), or returns the code of the error that the server answers with.
+    fn get_by_tftp(&mut self, name: &str) -> Result<Vec<u8>, u16> {
+        const BLOCK: usize = 512;
+        let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 4], vec![0; 4096]);
+        let mut socket = udp::Socket::new(buffer(), buffer());
+        socket.bind(50_000).unwrap();
+        let request = [&[0, 1], name.as_bytes(), b"\0octet\0"].concat();
+        socket.send_slice(&request, (HOST, 69)).unwrap();
+        let handle = self.sockets.add(socket);
+        let mut received = Vec::new();
+        let mut next = 1_u16;
+        loop {
+            self.poll();
+            let socket = self.sockets.get_mut::<udp::Socket<'_>>(handle);
+            let Ok((packet, from)) = socket.recv() else {
+                continue;
+            };
+            let ([0, kind, high, low], data) = packet.split_first_chunk().unwrap() else {
+                panic!("{packet:?} is no packet of TFTP");
+            };
+            let number = u16::from_be_bytes([*high, *low]);
+            let last = data.len() < BLOCK;
+            match kind {
+                3 if number == next => received.extend_from_slice(data),
+                // One that came before.
+                3 => assert_eq!(number, next.wrapping_sub(1)),
+                _ => {
+                    assert_eq!(*kind, 5);
+                    self.sockets.remove(handle);
+                    return Err(number);
+                }
+            }
+            let acknowledgement = [0, 4, *high, *low];
+            socket.send_slice(&acknowledgement, from.endpoint).unwrap();
+            if number == next {
+                next += 1;
+                if last {
+                    self.poll();
+                    self.sockets.remove(handle);
+                    return Ok(received);
+                }
+            }
+        }
+    }
+}
+
+/// Starts a board with a NIC in QEMU's user network.
+fn on_user_network(options: &str) -> (QemuBoard, Network) {
+    let nic = Nic::on_user_network(options);
+    let board = QemuBoard::start(&QemuOptions::new(VIRT).nic(nic)).unwrap();
+    let nic = Drivers::probe::<64>(&board).nics.pop().unwrap();
+    (board, Network::join(nic))
+}
+
 #[test]
 fn an_address_comes_by_dhcp_and_a_page_over_tcp() {
-    use smoltcp::iface::{Config, Interface, SocketSet};
-    use smoltcp::socket::{dhcpv4, tcp};
-    use smoltcp::time::Instant;
-    use smoltcp::wire::{HardwareAddress, IpCidr};
-
     need!(VIRT);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -310,52 +437,29 @@ fn an_address_comes_by_dhcp_and_a_page_over_tcp() {
             stream.write_all(&page).unwrap();
         }
     });
-
-    let nic = Nic::on_user_network("");
-    let board = QemuBoard::start(&QemuOptions::new(VIRT).nic(nic)).unwrap();
-    let mut drivers = Drivers::probe::<64>(&board);
-    let nic = drivers.nics.pop().unwrap();
-    let address = HardwareAddress::Ethernet(smoltcp::wire::EthernetAddress(nic.mac_address().0));
-    let mut device = SmoltcpDevice::new(nic);
-    let start = std::time::Instant::now();
-    let now = || Instant::from_micros(start.elapsed().as_micros() as i64);
-    let mut interface = Interface::new(Config::new(address), &mut device, now());
-    let mut sockets = SocketSet::new(vec![]);
-    let dhcp = sockets.add(dhcpv4::Socket::new());
-    let buffer = || tcp::SocketBuffer::new(vec![0; 16 * 1024]);
-    let tcp = sockets.add(tcp::Socket::new(buffer(), buffer()));
-    let mut received = Vec::new();
-    let mut asked = false;
-    while received.len() < page.len() {
-        assert!(start.elapsed() < LONG, "{} bytes came", received.len());
-        interface.poll(now(), &mut device, &mut sockets);
-        if let Some(dhcpv4::Event::Configured(configuration)) =
-            sockets.get_mut::<dhcpv4::Socket>(dhcp).poll()
-        {
-            assert_eq!(configuration.address.to_string(), "10.0.2.15/24");
-            interface.update_ip_addrs(|addresses| {
-                addresses.push(IpCidr::Ipv4(configuration.address)).unwrap();
-            });
-            let host = smoltcp::wire::IpAddress::v4(10, 0, 2, 2);
-            let socket = sockets.get_mut::<tcp::Socket>(tcp);
-            socket
-                .connect(interface.context(), (host, port), 49_152)
-                .unwrap();
-        }
-        let socket = sockets.get_mut::<tcp::Socket>(tcp);
-        if socket.may_send() && !asked {
-            socket.send_slice(b"GET").unwrap();
-            asked = true;
-        }
-        if socket.can_recv() {
-            let mut chunk = [0; 4096];
-            let length = socket.recv_slice(&mut chunk).unwrap();
-            received.extend_from_slice(&chunk[..length]);
-        }
-        std::thread::yield_now();
-    }
-    assert!(received == page);
+    let (_board, mut network) = on_user_network("");
+    assert!(network.get_over_tcp(port, b"GET", page.len()) == page);
+    drop(network);
     server.join().unwrap();
+}
+
+#[test]
+fn a_file_of_the_host_comes_by_tftp() {
+    need!(VIRT);
+    let directory = Scratch::directory("tftp");
+    // The second ends with a block that is empty.
+    let sizes = [100_000, 64 * 512, 0];
+    for size in sizes {
+        let file = directory.0.join(size.to_string());
+        std::fs::write(file, pattern(size, size)).unwrap();
+    }
+    let (_board, mut network) = on_user_network(&format!("tftp={}", directory.0.display()));
+    for size in sizes {
+        let fetched = network.get_by_tftp(&size.to_string()).unwrap();
+        assert!(fetched == std::fs::read(directory.0.join(size.to_string())).unwrap());
+    }
+    let no_such_file = 1;
+    assert_eq!(network.get_by_tftp("none"), Err(no_such_file));
 }
 
 #[test]
@@ -410,21 +514,5 @@ fn interrupts_come_when_they_are_asked_for_and_are_acknowledged() {
                 nic.recycle_rx_buffer(buffer).unwrap();
             }
         }
-    }
-}
-
-#[test]
-fn the_second_head_of_a_display_is_left_alone() {
-    need!(VIRT);
-    let display = Display::new(64, 48).property("max_outputs", "2");
-    let mut board = QemuBoard::start(&QemuOptions::new(VIRT).display(display)).unwrap();
-    let mut drivers = Drivers::probe::<4>(&board);
-    let display = drivers.displays[0].as_mut();
-    display.fb().as_bytes_mut().fill(0xff);
-    display.flush().unwrap();
-    assert_eq!(board.image(0, 0).unwrap().pixel(9, 9), Some([255; 4]));
-    // QEMU shows a message there, of any size.
-    if let Ok(image) = board.image(0, 1) {
-        assert!(image.rgba.iter().any(|&byte| byte != 255));
     }
 }

@@ -39,7 +39,7 @@ pub fn skip(why: &str) {
     let _ = writeln!(std::io::stderr(), "{why}");
 }
 
-/// A file that is removed with its owner.
+/// A file or directory that is removed with its owner.
 pub struct Scratch(pub PathBuf);
 
 impl Scratch {
@@ -62,6 +62,13 @@ impl Scratch {
         scratch
     }
 
+    /// An empty directory.
+    pub fn directory(name: &str) -> Self {
+        let scratch = Self::new(name);
+        std::fs::create_dir(&scratch.0).unwrap();
+        scratch
+    }
+
     pub fn read(&self, offset: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         let file = File::open(&self.0).unwrap();
@@ -72,7 +79,11 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        let _ = if self.0.is_dir() {
+            std::fs::remove_dir_all(&self.0)
+        } else {
+            std::fs::remove_file(&self.0)
+        };
     }
 }
 
