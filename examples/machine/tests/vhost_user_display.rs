@@ -1,6 +1,6 @@
-//! The display driver of `axdriver_virtio` on QEMU's `vhost-user-gpu`, and back ends that show what they must not.
+//! The display driver of `axdriver_virtio` on QEMU's `vhost-user-gpu`.
 //!
-//! Without the program the tests on it are skipped, each with a line that says so.
+//! Without the program the tests are skipped, each with a line that says so; `AXDRIVER_REQUIRE_QEMU=1` makes them fail instead.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -13,6 +13,7 @@
 
 mod support;
 
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,11 +22,11 @@ use axdriver_display::{DisplayDriverOps, conformance};
 use axdriver_virtio::{VirtIoGpuDev, WaitPolicy};
 use machine::memory::DEFAULT_BASE;
 use machine::vhost_user::{
-    DisplayProgram, VhostUserDevice, VhostUserError, VhostUserHandle, VhostUserOptions,
+    DisplayProgram, Socket, VhostUserDevice, VhostUserError, VhostUserHandle, VhostUserOptions,
     VhostUserTransport,
 };
 use machine::{Image, Installed, Machine, MachineHal, Memory};
-use support::{LONG, patiently, skip};
+use support::{LONG, Scratch, patiently, skip};
 
 type GpuDev = VirtIoGpuDev<MachineHal, VhostUserTransport>;
 
@@ -263,6 +264,57 @@ fn no_process_outlives_its_owner_and_the_socket_is_of_no_use_without_it() {
     assert!(error.to_string().contains(&socket.to_string()), "{error}");
 }
 
+/// A program of the test's own, which does not outlive it.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_program_that_someone_else_started_serves_once() {
+    need_program!();
+    let path = Scratch::new("display.sock");
+    let program = ["vhost-user-gpu", "/usr/lib/qemu/vhost-user-gpu"]
+        .into_iter()
+        .find_map(|program| {
+            Command::new(program)
+                .arg("-s")
+                .arg(&path.0)
+                .stderr(Stdio::null())
+                .spawn()
+                .ok()
+        });
+    let Some(mut program) = program.map(Running) else {
+        skip("skipped: vhost-user-gpu is elsewhere than in PATH and /usr/lib/qemu");
+        return;
+    };
+    let (memory, _installed) = memory();
+    let end = Instant::now() + LONG;
+    let transport = loop {
+        let socket = Socket::at(&path.0);
+        match VhostUserTransport::connect(socket, memory.clone(), options(64, 48)) {
+            Ok(transport) => break transport,
+            Err(error) => assert!(Instant::now() < end, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let handle = transport.handle();
+    let mut display = GpuDev::try_new_with(transport, patiently()).unwrap();
+    draw(&mut display, 3);
+    display.flush().unwrap();
+    assert!(handle.image(0) == drawn(3, 64, 48));
+    // It has ended with its connection.
+    assert!(display.reset().is_err());
+    while program.0.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 #[test]
 fn a_program_that_is_missing_is_told_in_one_line() {
     // Only a process of its own may change its environment.
@@ -272,7 +324,7 @@ fn a_program_that_is_missing_is_told_in_one_line() {
         println!("{}", DisplayProgram::start().unwrap_err());
         return;
     }
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
+    let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", NAME, "--nocapture"])
         .env(CHILD, "1")
         .env("AXDRIVER_QEMU", "/no/such/directory")

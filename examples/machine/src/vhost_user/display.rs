@@ -13,7 +13,7 @@ use rustix::fs::MemfdFlags;
 
 use super::{Name, Socket};
 use crate::qemu::process::{Launch, Process};
-use crate::qemu::{PROGRAM_VARIABLE, QemuError};
+use crate::qemu::{PROGRAM_VARIABLE, QemuError, REQUIRE_VARIABLE};
 
 /// The name of the program.
 const PROGRAM: &str = "vhost-user-gpu";
@@ -21,6 +21,23 @@ const PROGRAM: &str = "vhost-user-gpu";
 /// QEMU's `vhost-user-gpu`, which is started anew for each connection to its socket, since it serves only one.
 ///
 /// A connection ends the one before, and dropping this ends the last.
+///
+/// ```no_run
+/// use machine::vhost_user::{DisplayProgram, VhostUserDevice, VhostUserOptions, VhostUserTransport};
+/// # use machine::memory::{DEFAULT_BASE, Memory};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let memory = Memory::anonymous(DEFAULT_BASE, 16 << 20)?;
+/// let program = DisplayProgram::start()?;
+/// let device = VhostUserDevice::Display { width: 640, height: 480 };
+/// let options = VhostUserOptions::new(device);
+/// let transport = VhostUserTransport::connect(program.socket(), memory, options)?;
+/// let screen = transport.handle();
+/// // A driver that was given the transport draws, and flushes.
+/// screen.image(0).save("screen.png")?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct DisplayProgram {
     starter: Arc<Starter>,
@@ -43,8 +60,20 @@ struct State {
 
 impl DisplayProgram {
     /// Returns whether the program is there, for a test to be skipped without it: `None`, or why not in one line.
+    ///
+    /// # Panics
+    ///
+    /// If it is not there although the environment variable [`REQUIRE_VARIABLE`] is `1`.
+    #[expect(
+        clippy::panic,
+        reason = "a test has no other way to fail, and this one is asked for"
+    )]
     pub fn missing() -> Option<String> {
-        find().err().map(|error| format!("skipped: {error}"))
+        let error = find().err()?;
+        if std::env::var_os(REQUIRE_VARIABLE).is_some_and(|value| value == "1") {
+            panic!("{REQUIRE_VARIABLE}=1, but {error}");
+        }
+        Some(format!("skipped: {error}"))
     }
 
     /// Finds the program, and sees whether it serves. It runs once there is a connection.

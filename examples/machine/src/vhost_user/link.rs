@@ -447,6 +447,7 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vhost_user::screen::Monitor;
 
     const LONG: Duration = Duration::from_secs(20);
 
@@ -525,5 +526,72 @@ mod tests {
         wait_for(|| link.loss().is_some());
         assert_eq!(link.loss(), Some(Loss::Closed));
         assert!(news.event.read().is_ok());
+    }
+
+    fn link_with_display() -> (Link, UnixStream, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let news = Arc::new(News::new().unwrap());
+        let (screen, far) = Screen::new(Arc::new(Monitor::new(640, 480))).unwrap();
+        let (link, _) = Link::new(ours, 2, LONG, news, Some(screen)).unwrap();
+        (link, theirs, far)
+    }
+
+    #[test]
+    fn what_a_display_was_sent_is_shown_at_once() {
+        let (link, _theirs, mut far) = link_with_display();
+        for width in 1..100 {
+            let scanout = [7, 0, 12, 0, width, 1].map(u32::to_ne_bytes);
+            far.write_all(scanout.as_flattened()).unwrap();
+            assert_eq!(link.image(0).width, width);
+        }
+        assert_eq!(link.loss(), None);
+    }
+
+    #[test]
+    fn a_display_that_talks_nonsense_cuts_the_connection() {
+        let (link, mut theirs, mut far) = link_with_display();
+        far.write_all(&[0xff; 12]).unwrap();
+        wait_for(|| link.loss().is_some());
+        let loss = link.loss().unwrap().as_error().to_string();
+        assert!(
+            loss.contains("its display") && !loss.contains('\n'),
+            "{loss}"
+        );
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_back_end_that_closes_its_display_alone_is_told_from_one_that_ends() {
+        let (link, theirs, far) = link_with_display();
+        drop(far);
+        wait_for(|| link.loss().is_some());
+        assert!(matches!(link.loss(), Some(Loss::Wrong { .. })));
+        drop(theirs);
+
+        let (link, theirs, far) = link_with_display();
+        drop(far);
+        drop(theirs);
+        wait_for(|| link.loss().is_some());
+        assert_eq!(link.loss(), Some(Loss::Closed));
+    }
+
+    #[test]
+    fn a_file_is_handed_over_with_its_request() {
+        let (link, theirs, _far) = link_with_display();
+        let (mut ours, file) = UnixStream::pair().unwrap();
+        link.hand_over("GPU_SET_SOCKET", 33, &file).unwrap();
+        drop(file);
+        let mut header = [0; 12];
+        let (length, file) = theirs.recv_with_fd(&mut header).unwrap();
+        assert_eq!(length, header.len());
+        assert_eq!(header.as_chunks().0, [33, 1, 0].map(u32::to_ne_bytes));
+        file.unwrap().write_all(b"here").unwrap();
+        let mut word = [0; 4];
+        ours.read_exact(&mut word).unwrap();
+        assert_eq!(&word, b"here");
+        drop(theirs);
+        wait_for(|| link.loss().is_some());
+        let result = link.hand_over("GPU_SET_SOCKET", 33, &ours);
+        assert!(matches!(result, Err(VhostUserError::Disconnected)));
     }
 }

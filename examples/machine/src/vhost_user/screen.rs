@@ -99,14 +99,13 @@ const UPDATE_WORDS: usize = 5;
 #[derive(Debug)]
 pub(super) struct Screen {
     monitor: Arc<Monitor>,
+    stream: UnixStream,
     wire: Mutex<Wire>,
-    /// Of the socket in `wire`, which is never replaced.
-    number: RawFd,
 }
 
+/// What has come over the socket.
 #[derive(Debug)]
 struct Wire {
-    stream: UnixStream,
     /// What has come of a message that is not whole yet.
     received: Vec<u8>,
     heads: Vec<Image>,
@@ -121,9 +120,8 @@ impl Screen {
         stream.set_nonblocking(true)?;
         let screen = Self {
             monitor,
-            number: stream.as_raw_fd(),
+            stream,
             wire: Mutex::new(Wire {
-                stream,
                 received: Vec::new(),
                 heads: vec![Image::default(); HEADS as usize],
                 broken: false,
@@ -142,7 +140,7 @@ impl Screen {
         if wire.broken {
             return Ok(false);
         }
-        let result = wire.take_in(&self.monitor);
+        let result = wire.take_in(self);
         wire.broken = result.is_err();
         result
     }
@@ -153,21 +151,37 @@ impl Screen {
         let image = wire.heads.get(head as usize);
         image.cloned().unwrap_or_default()
     }
+
+    fn answer(&self, request: u32, payload: &[u8]) -> Result<(), String> {
+        const REPLY: u32 = 1 << 2;
+
+        let size = u32::try_from(payload.len()).map_err(line)?;
+        let reply = [&bytes(&[request, REPLY, size]), payload].concat();
+        match (&self.stream).write_all(&reply) {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Err(format!("answers to request {request} are not read"))
+            }
+            // It has ended, which its own socket tells.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
 }
 
 impl AsRawFd for Screen {
     fn as_raw_fd(&self) -> RawFd {
-        self.number
+        self.stream.as_raw_fd()
     }
 }
 
 impl Wire {
-    fn take_in(&mut self, monitor: &Monitor) -> Result<bool, String> {
+    fn take_in(&mut self, screen: &Screen) -> Result<bool, String> {
         // No more than is there now, or a back end that never stops would keep the caller for ever. At least a byte, since
         // only a read tells the end.
-        let waiting = rustix::io::ioctl_fionread(&self.stream).map_err(line)?;
+        let waiting = rustix::io::ioctl_fionread(&screen.stream).map_err(line)?;
         let mut more = true;
-        match (&self.stream)
+        match (&screen.stream)
             .take(waiting.max(1))
             .read_to_end(&mut self.received)
         {
@@ -179,7 +193,7 @@ impl Wire {
             Err(error) => return Err(error.to_string()),
         }
         while let Some((request, payload)) = self.next()? {
-            self.serve(request, &payload, monitor)?;
+            self.serve(request, &payload, screen)?;
         }
         Ok(more)
     }
@@ -216,11 +230,11 @@ impl Wire {
         Ok(Some((request, message.split_off(12))))
     }
 
-    fn serve(&mut self, request: u32, payload: &[u8], monitor: &Monitor) -> Result<(), String> {
+    fn serve(&mut self, request: u32, payload: &[u8], screen: &Screen) -> Result<(), String> {
         match request {
             // None of the features.
-            request::GET_PROTOCOL_FEATURES => self.answer(request, &[0; 8]),
-            request::GET_DISPLAY_INFO => self.answer(request, &monitor.display_info()),
+            request::GET_PROTOCOL_FEATURES => screen.answer(request, &[0; 8]),
+            request::GET_DISPLAY_INFO => screen.answer(request, &screen.monitor.display_info()),
             request::SCANOUT => match words::<3>(payload) {
                 Some(([head, width, height], _)) => self.set_scanout(head, width, height),
                 None => Ok(()),
@@ -230,22 +244,6 @@ impl Wire {
                 None => Ok(()),
             },
             _ => Ok(()),
-        }
-    }
-
-    fn answer(&mut self, request: u32, payload: &[u8]) -> Result<(), String> {
-        const REPLY: u32 = 1 << 2;
-
-        let size = u32::try_from(payload.len()).map_err(line)?;
-        let reply = [&bytes(&[request, REPLY, size]), payload].concat();
-        match self.stream.write_all(&reply) {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                Err(format!("answers to request {request} are not read"))
-            }
-            // It has ended, which its own socket tells.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            Err(error) => Err(error.to_string()),
         }
     }
 
