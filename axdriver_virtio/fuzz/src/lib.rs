@@ -2,6 +2,7 @@
 //!
 //! * `start_mmio` and `start_pci`: a device whose every register, configuration word, used entry and
 //!   response the bytes choose. See [`start`] and [`raw`].
+//! * `pci_buses`: buses of functions whose configuration spaces the bytes choose. See [`buses`].
 //! * `block`, `net` and `gpu`: the scenarios of the soak test, on emulated devices that misbehave as
 //!   the bytes say. See [`block`], [`net`] and [`display`].
 //!
@@ -13,6 +14,7 @@
 pub mod bench;
 #[path = "../../tests/soak/block.rs"]
 pub mod block;
+pub mod buses;
 #[path = "../../tests/soak/choices.rs"]
 pub mod choices;
 #[path = "../../tests/soak/display.rs"]
