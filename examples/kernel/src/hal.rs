@@ -1,18 +1,53 @@
 //! What the drivers ask of this kernel: memory for devices, and addresses as devices know them.
 
 use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use axdriver_virtio::{BufferDirection, PhysAddr, VirtIoHal};
+use spin::Once;
 
+use crate::arch::{Arch, Architecture};
+use crate::error::{Error, Result};
 use crate::frames::{self, FRAME};
 use crate::paging;
 
 /// The unit that the drivers count memory in, whatever the size of a page is.
 const PAGE_SIZE: usize = 4096;
 
+/// Set where devices do not see the processor's caches: how to flush these.
+static FLUSH: Once<fn(usize, usize)> = Once::new();
+/// How often that was done.
+static FLUSHES: AtomicU32 = AtomicU32::new(0);
+
+/// Keeps what devices are given out of the caches, because they do not see these. It has to be
+/// called before the first driver is started.
+///
+/// # Errors
+///
+/// * [`Error::Machine`]: nobody knows how.
+pub(crate) fn keep_out_of_caches() -> Result {
+    let flush = Arch::FLUSH.ok_or(Error::Machine("devices that do not see the caches"))?;
+    FLUSH.call_once(|| flush);
+    Ok(())
+}
+
+/// Returns how often the caches were flushed, or `None` if devices see them.
+pub(crate) fn flushes() -> Option<u32> {
+    FLUSH.get().map(|_| FLUSHES.load(Ordering::Relaxed))
+}
+
+/// Makes devices see what the processor wrote, and the other way round, if they do not anyway.
+fn flush(memory: NonNull<u8>, size: usize) {
+    if let Some(flush) = FLUSH.get() {
+        flush(memory.addr().get(), size);
+        FLUSHES.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// This kernel, to the drivers.
 ///
-/// The devices of all machines that it knows see the processor's caches, so nothing is cleaned here.
+/// Devices that do not see the processor's caches get memory that is not cached, and copies, whose
+/// cache lines are theirs alone.
 pub(crate) struct KernelHal;
 
 // SAFETY: memory for devices comes from the frame allocator, so nobody else has it until it is
@@ -25,7 +60,16 @@ unsafe impl VirtIoHal for KernelHal {
         };
         // SAFETY: the frames were just allocated, so they are ours, and the direct map shows them.
         unsafe { memory.write_bytes(0, pages * PAGE_SIZE) };
-        (physical, memory)
+        if FLUSH.get().is_none() {
+            return (physical, memory);
+        }
+        // The direct map shows it still, but nothing is written there any more, so no line of it
+        // is written back over what comes now (ARM DDI 0487, B2.8).
+        flush(memory, pages * PAGE_SIZE);
+        match paging::map_uncached(physical, pages * PAGE_SIZE) {
+            Ok(memory) => (physical, memory),
+            Err(_) => (0, NonNull::dangling()),
+        }
     }
 
     unsafe fn dma_dealloc(physical: PhysAddr, _: NonNull<u8>, pages: usize) -> i32 {
@@ -42,7 +86,9 @@ unsafe impl VirtIoHal for KernelHal {
     }
 
     unsafe fn share(buffer: NonNull<[u8]>, direction: BufferDirection) -> PhysAddr {
-        if let Some(physical) = contiguous(buffer) {
+        if FLUSH.get().is_none()
+            && let Some(physical) = contiguous(buffer)
+        {
             return physical;
         }
         let Some((physical, copy)) = allocate(buffer.len()) else {
@@ -52,6 +98,8 @@ unsafe impl VirtIoHal for KernelHal {
             // SAFETY: the caller promises that the buffer can be read; the copy is as long, and new.
             unsafe { copy.copy_from_nonoverlapping(buffer.cast(), buffer.len()) };
         }
+        // Also where the device writes: no line may be written back over that.
+        flush(copy, buffer.len());
         physical
     }
 
@@ -60,7 +108,9 @@ unsafe impl VirtIoHal for KernelHal {
             return;
         }
         if direction != BufferDirection::DriverToDevice {
-            let copy = paging::memory_at(physical).cast_const();
+            let copy = paging::memory_at(physical);
+            // What the processor has read ahead of the device is forgotten.
+            NonNull::new(copy).inspect(|&copy| flush(copy, buffer.len()));
             // SAFETY: `physical` is that of the copy that `share` made, which is as long and which the
             // device is done with; the caller promises that the buffer can be written.
             unsafe {

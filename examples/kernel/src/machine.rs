@@ -65,6 +65,8 @@ pub(crate) struct Machine {
     pub(crate) slots: Vec<MmioSlot>,
     /// The PCI host.
     pub(crate) pci: Option<PciHost>,
+    /// Whether all devices see the processor's caches.
+    pub(crate) coherent: bool,
 }
 
 /// The registers of a virtio-mmio device.
@@ -150,6 +152,7 @@ impl Machine {
                     .map(|slot| parse_slot(slot).ok_or(Error::Machine("virtio_mmio.device=")))
                     .collect::<Result<_>>()?,
                 pci: acpi_pci_host(rsdp),
+                coherent: true,
             }),
         }
     }

@@ -77,6 +77,9 @@ fn run(boot: &Boot) -> Result {
     };
     start_memory(boot)?;
     let machine = Machine::discover(boot)?;
+    if !machine.coherent {
+        hal::keep_out_of_caches()?;
+    }
     Arch::start_interrupts(tree.as_ref())?;
     let asked = |what| {
         boot.command_line
@@ -128,6 +131,9 @@ fn run(boot: &Boot) -> Result {
     }
     let (count, strays, ticks) = interrupts::totals();
     println!("interrupts: {count} of devices, {strays} stray, {ticks} ticks");
+    if let Some(count) = hal::flushes() {
+        println!("devices do not see the caches, which were flushed {count} times");
+    }
     if report.lines.is_empty() {
         return Err(Error::Machine("no device"));
     }

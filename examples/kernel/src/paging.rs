@@ -90,11 +90,12 @@ pub(crate) fn map_heap(pages: usize) -> Result<*mut u8> {
     Ok(core::ptr::with_exposed_provenance_mut(Arch::HEAP))
 }
 
-/// Registers that are shown already.
-static REGISTERS: Mutex<Vec<Registers>> = Mutex::new(Vec::new());
+/// Ranges that are shown already, for good.
+static SHOWN: Mutex<Vec<Range>> = Mutex::new(Vec::new());
 
-/// A range of device registers.
-struct Registers {
+/// A range of device registers, or of memory past the caches.
+struct Range {
+    kind: Page,
     physical: u64,
     size: usize,
     page: usize,
@@ -106,6 +107,19 @@ struct Registers {
 ///
 /// * [`Error::Memory`]: there is no frame for a table, or no virtual address left.
 pub(crate) fn map_registers(physical: u64, size: usize) -> Result<NonNull<u8>> {
+    map_range(physical, size, Page::Registers)
+}
+
+/// Returns where the `size` bytes of memory at `physical` are seen past the caches.
+///
+/// # Errors
+///
+/// As [`map_registers`].
+pub(crate) fn map_uncached(physical: u64, size: usize) -> Result<NonNull<u8>> {
+    map_range(physical, size, Page::Uncached)
+}
+
+fn map_range(physical: u64, size: usize, kind: Page) -> Result<NonNull<u8>> {
     let offset = word(physical) % FRAME;
     let first = physical - offset as u64;
     let full = size
@@ -113,23 +127,24 @@ pub(crate) fn map_registers(physical: u64, size: usize) -> Result<NonNull<u8>> {
         .and_then(|size| size.checked_next_multiple_of(FRAME))
         .ok_or(Error::Memory("registers"))?;
 
-    let mut registers = REGISTERS.lock();
-    for range in registers.iter() {
+    let mut shown = SHOWN.lock();
+    for range in shown.iter().filter(|range| range.kind == kind) {
         if first >= range.physical && first - range.physical + full as u64 <= range.size as u64 {
             let inside = word(first - range.physical) + offset;
             return at(range.page + inside);
         }
     }
-    let page = registers
+    let page = shown
         .last()
         .map_or(Arch::REGISTERS, |last| last.page + last.size);
     if full > (1 << 30) - (page - Arch::REGISTERS) {
         return Err(Error::Memory("registers"));
     }
     for inside in (0..full).step_by(FRAME) {
-        map(page + inside, first + inside as u64, Page::Registers)?;
+        map(page + inside, first + inside as u64, kind)?;
     }
-    registers.push(Registers {
+    shown.push(Range {
+        kind,
         physical: first,
         size: full,
         page,

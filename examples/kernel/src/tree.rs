@@ -14,6 +14,9 @@ use crate::devices::BUS_SIZE;
 use crate::error::{Error, Result};
 use crate::machine::{Machine, MmioSlot, PciHost, PciLine, PciLines};
 
+/// What there are drivers behind: virtio-mmio slots, and PCI hosts.
+const DEVICES: [&str; 2] = ["virtio,mmio", "pci-host-ecam-generic"];
+
 /// A device tree.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tree<'a>(Fdt<'a>);
@@ -74,15 +77,19 @@ impl<'a> Tree<'a> {
         let mut slots = Vec::new();
         let mut pci = None;
         self.find(|node| {
-            if node.is_compatible("virtio,mmio") {
+            if node.is_compatible(DEVICES[0]) {
                 slots.extend(slot(node));
-            } else if node.is_compatible("pci-host-ecam-generic") {
+            } else if node.is_compatible(DEVICES[1]) {
                 pci = self.pci_host(node);
             }
             false
         });
         slots.sort_by_key(|slot: &MmioSlot| slot.base);
-        Machine { slots, pci }
+        Machine {
+            slots,
+            pci,
+            coherent: all_coherent(self.0.root(), Arch::FLUSH.is_none()),
+        }
     }
 
     fn pci_host(&self, node: FdtNode<'a>) -> Option<PciHost> {
@@ -129,6 +136,15 @@ impl<'a> Tree<'a> {
         }
         (!lines.is_empty()).then_some(lines)
     }
+}
+
+/// Returns whether the devices at and below a node see the processor's caches; `inherited` is what
+/// the buses above say.
+fn all_coherent(node: FdtNode<'_>, inherited: bool) -> bool {
+    let says = |property| node.property(property).is_some();
+    let coherent = says("dma-coherent") || inherited && !says("dma-noncoherent");
+    let has_devices = DEVICES.iter().any(|name| node.is_compatible(name));
+    (coherent || !has_devices) && node.children().all(|child| all_coherent(child, coherent))
 }
 
 /// Returns the ranges of a node's `reg`.

@@ -26,7 +26,7 @@ global_asm!(
     .global _start
 _start:
     msr daifset, #15
-    ldr x0, =0x00ff                     /* MAIR: 0 is memory, write-back; 1 is registers, nGnRnE */
+    ldr x0, =0x4400ff                   /* MAIR: 0 is memory, write-back; 1 registers, nGnRnE; 2 memory, not cached */
     msr mair_el1, x0
     ldr x0, =0x2b5193519                /* TCR: 39 bits, 4 KiB pages, cached tables, 40 bits physical */
     msr tcr_el1, x0
@@ -216,8 +216,25 @@ extern "C" fn aarch64_interrupt() {
     gic.interface.write(0x10, acknowledged);
 }
 
+/// Cleans and invalidates the lines to the point of coherency (ARM DDI 0487, D7.5.9).
+fn flush(first: usize, size: usize) {
+    let cache_type: usize;
+    // SAFETY: reading the register changes nothing.
+    unsafe { asm!("mrs {}, ctr_el0", out(reg) cache_type, options(nomem, nostack)) };
+    // DminLine: the length of the shortest line, in words of 4 bytes, as a power of two.
+    let line = 4 << (cache_type >> 16 & 15);
+    for address in (first / line * line..first + size).step_by(line) {
+        // SAFETY: what the processor reads and writes there stays the same.
+        unsafe { asm!("dc civac, {}", in(reg) address, options(nostack)) };
+    }
+    // SAFETY: a barrier changes nothing but the order.
+    unsafe { asm!("dsb sy", options(nostack)) };
+}
+
 impl Architecture for Arch {
     const NAME: &'static str = "aarch64";
+
+    const FLUSH: Option<fn(usize, usize)> = Some(flush);
 
     fn console_write(byte: u8) {
         let flags = core::ptr::with_exposed_provenance::<u32>(PL011 + 0x18);
@@ -329,8 +346,12 @@ impl PageTables for Arch {
     }
 
     fn page_entry(page: u64, kind: Page) -> u64 {
-        // A page that was accessed, not executable; memory 0, inner shareable, or memory 1.
-        let flags = if kind == Page::Memory { 0x703 } else { 0x407 };
+        // A page that was accessed, not executable; memory 0, 1 or 2 of MAIR, inner shareable.
+        let flags = match kind {
+            Page::Memory => 0x703,
+            Page::Registers => 0x407,
+            Page::Uncached => 0x70b,
+        };
         page | flags | 3 << 53
     }
 

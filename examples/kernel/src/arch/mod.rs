@@ -14,6 +14,12 @@ pub(crate) trait Architecture {
     /// The architecture's name.
     const NAME: &'static str;
 
+    /// Writes lines of memory back from the caches and forgets them: those of so many bytes from an
+    /// address on. `None` where devices see the caches, unless the device tree says
+    /// `dma-noncoherent`; elsewhere they do not, unless it says `dma-coherent` (Devicetree
+    /// Specification 0.4, 2.3.10 and 2.3.11).
+    const FLUSH: Option<fn(usize, usize)> = None;
+
     /// Sends a byte to the console.
     fn console_write(byte: u8);
 
@@ -88,6 +94,8 @@ pub(crate) trait PageTables {
 pub(crate) enum Page {
     /// Memory.
     Memory,
+    /// Memory past the caches, where there is a way to [flush](Architecture::FLUSH) them.
+    Uncached,
     /// The registers of a device: every access reaches it, in order.
     Registers,
 }

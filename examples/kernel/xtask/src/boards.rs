@@ -17,6 +17,8 @@ pub(crate) struct Board {
     pub(crate) command_line: Option<u64>,
     /// Whether a line that stays asserted interrupts again, as it should. QEMU 7.2's PLIC forgets to.
     pub(crate) level: bool,
+    /// Whether devices see the caches only because the device tree says so (`dma-coherent`).
+    pub(crate) dma_coherent: bool,
     /// The type of QEMU's interrupt controllers, the line that is the first one's first input, and how
     /// many inputs each has.
     pub(crate) controllers: (&'static str, u32, u32),
@@ -46,6 +48,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: true,
         command_line: None,
         level: true,
+        dma_coherent: false,
         controllers: PC_CONTROLLERS,
         status: PC_STATUS,
     },
@@ -68,6 +71,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: false,
         command_line: None,
         level: true,
+        dma_coherent: false,
         controllers: PC_CONTROLLERS,
         status: PC_STATUS,
     },
@@ -90,6 +94,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: false,
         command_line: None,
         level: true,
+        dma_coherent: true,
         controllers: ("arm_gic", 32, 288),
         status: (0, 1),
     },
@@ -110,6 +115,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: true,
         command_line: None,
         level: true,
+        dma_coherent: true,
         controllers: ("arm_gic", 32, 288),
         status: (0, 1),
     },
@@ -121,6 +127,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: false,
         command_line: None,
         level: false,
+        dma_coherent: false,
         controllers: ("riscv.sifive.plic", 0, 96),
         status: (0, 1),
     },
@@ -132,6 +139,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: true,
         command_line: None,
         level: false,
+        dma_coherent: false,
         controllers: ("riscv.sifive.plic", 0, 96),
         status: (0, 1),
     },
@@ -143,6 +151,7 @@ pub(crate) const BOARDS: &[Board] = &[
         pci: true,
         command_line: Some(0x8_0000),
         level: false,
+        dma_coherent: false,
         controllers: ("loongarch_pch_pic", 0, 64),
         // The machine has no way to end with a status.
         status: (0, 0),

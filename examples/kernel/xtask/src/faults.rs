@@ -14,6 +14,8 @@ pub(crate) enum Fault {
     StrayInterrupts,
     /// A disk is pulled from its slot.
     PulledCard,
+    /// Devices do not see the processor's caches, as the device tree has it.
+    NotCoherent,
 }
 
 impl Fault {
@@ -22,6 +24,7 @@ impl Fault {
         Self::UnansweredRequest,
         Self::StrayInterrupts,
         Self::PulledCard,
+        Self::NotCoherent,
     ];
 
     /// What a test with this fault is called.
@@ -30,6 +33,7 @@ impl Fault {
             Self::UnansweredRequest => "unanswered request",
             Self::StrayInterrupts => "stray interrupts",
             Self::PulledCard => "pulled card",
+            Self::NotCoherent => "no coherent caches",
         }
     }
 
@@ -38,7 +42,13 @@ impl Fault {
         match self {
             Self::UnansweredRequest | Self::StrayInterrupts => true,
             Self::PulledCard => board.pci,
+            Self::NotCoherent => board.dma_coherent,
         }
+    }
+
+    /// The property that is taken from the device tree.
+    pub(crate) fn missing_property(self) -> Option<&'static str> {
+        (self == Self::NotCoherent).then_some("dma-coherent")
     }
 
     /// The kernel's command line, which has it ask for the fault.
@@ -47,6 +57,7 @@ impl Fault {
             Self::UnansweredRequest => "unanswered-request",
             Self::StrayInterrupts => "stray-interrupts",
             Self::PulledCard => "pulled-card",
+            Self::NotCoherent => "",
         }
     }
 
@@ -85,6 +96,7 @@ impl Fault {
                 monitor.execute(r#"{"execute":"device_del","arguments":{"id":"card"}}"#)?;
                 monitor.wait_for_event("DEVICE_DELETED", "card")
             }
+            Self::NotCoherent => Ok(()),
         }
     }
 
@@ -97,6 +109,7 @@ impl Fault {
         match self {
             Self::UnansweredRequest => qemu.expect("lost, and what was written before is there"),
             Self::PulledCard => qemu.expect("gone, and its driver with it"),
+            Self::NotCoherent => qemu.expect("devices do not see the caches, which were flushed"),
             Self::StrayInterrupts => {
                 let of = |text| qemu.said().iter().rev().find(|line| line.contains(text));
                 let raised = of("lines: ").map_or(0, |line| numbers(line).len());

@@ -76,6 +76,7 @@ pub(crate) fn boot(
         kernel,
         &directory,
         fault.map_or("", Fault::command_line),
+        fault.and_then(Fault::missing_property),
         console,
     )?;
     let result = (|| {
@@ -139,7 +140,7 @@ pub(crate) fn boot_to_failure(
     let directory = directory(board)?;
     prepare(board, &directory, &bytes(PAGE, 3))?;
     let console = Console::OnFailure;
-    let mut qemu = Qemu::start(board, kernel, &directory, command_line, console)?;
+    let mut qemu = Qemu::start(board, kernel, &directory, command_line, None, console)?;
     let result = (|| {
         while let Some(line) = qemu.next_line()? {
             if line.contains(READY) {
@@ -177,12 +178,39 @@ fn prepare(board: &Board, directory: &Path, page: &[u8]) -> Result {
     Ok(std::fs::write(directory.join("page.bin"), page)?)
 }
 
+/// Writes the device tree of the machine that `command` would start to `path`, with another name
+/// for a property.
+fn dump_tree_without(property: &str, command: &Command, path: &Path) -> Result {
+    let dump = format!("dumpdtb={}", path.display());
+    let mut dumping = Command::new(command.get_program());
+    dumping.args(command.get_args()).args(["-machine", &dump]);
+    let output = dumping.output()?;
+    let mut tree = std::fs::read(path).map_err(|_| format!("no device tree: {output:?}"))?;
+    // Names stand apart from the nodes, each once, and end with a 0.
+    let name = [property.as_bytes(), b"\0"].concat();
+    let place = tree.windows(name.len()).position(|bytes| bytes == name);
+    tree[place.ok_or("the device tree has no such property")?] = b'-';
+    // The names come last. QEMU pads this tree, and pads it again when it reads it, beyond the room
+    // that there is below the kernel.
+    let mut header = tree
+        .chunks(4)
+        .map(|cell| cell.try_into().map(u32::from_be_bytes));
+    let (names, length) = (header.nth(3), header.nth(4));
+    let (Some(Ok(names)), Some(Ok(length))) = (names, length) else {
+        return Err("the device tree has no header".into());
+    };
+    tree.truncate((names + length) as usize);
+    tree[4..8].copy_from_slice(&(names + length).to_be_bytes());
+    Ok(std::fs::write(path, tree)?)
+}
+
 impl Qemu {
     fn start(
         board: &Board,
         kernel: &Path,
         directory: &Path,
         command_line: &str,
+        missing_property: Option<&str>,
         console: Console,
     ) -> Result<Self> {
         let program = format!("qemu-system-{}", board.architecture);
@@ -245,6 +273,11 @@ impl Qemu {
             ));
             command.args(["-device", "pcie-root-port,id=slot0,addr=5"]);
             command.args(["-device", "virtio-blk-pci,id=card,bus=slot0,drive=disk1"]);
+        }
+        if let Some(property) = missing_property {
+            let tree = directory.join("tree.dtb");
+            dump_tree_without(property, &command, &tree)?;
+            command.arg("-dtb").arg(tree);
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command
@@ -340,8 +373,9 @@ impl Qemu {
         Err(format!("the console never said `{text}`").into())
     }
 
-    fn conclude(self, result: Result) -> Result<f64> {
+    fn conclude(mut self, result: Result) -> Result<f64> {
         if result.is_err() && self.console == Console::OnFailure {
+            self.said.extend(self.lines.try_iter());
             let first = self.said.len().saturating_sub(LAST_LINES);
             for line in &self.said[first..] {
                 println!("    | {line}");
