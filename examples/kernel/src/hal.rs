@@ -68,7 +68,10 @@ unsafe impl VirtIoHal for KernelHal {
         flush(memory, pages * PAGE_SIZE);
         match paging::map_uncached(physical, pages * PAGE_SIZE) {
             Ok(memory) => (physical, memory),
-            Err(_) => (0, NonNull::dangling()),
+            Err(_) => {
+                frames::free(physical, (pages * PAGE_SIZE).div_ceil(FRAME));
+                (0, NonNull::dangling())
+            }
         }
     }
 
