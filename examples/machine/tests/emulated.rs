@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Driver, NEXT, WRITE};
-use machine::emulated::{block_features, features, net_features, status};
+use machine::emulated::{PciBus, block_features, features, net_features, status};
 use machine::{
     Board, Cable, Device, Disk, Display, Entropy, Event, MachineHal, Nic, Peer, Version,
 };
@@ -347,6 +347,107 @@ fn a_function_answers_only_while_its_command_register_lets_it() {
     assert_eq!(driver.peek_used(), None, "no bus mastering, no DMA");
     root.set_command(function, Command::MEMORY_SPACE | Command::BUS_MASTER);
     drop(driver);
+}
+
+/// A board with a disk behind two bridges, and a second disk beside the inner one.
+fn behind_bridges() -> (Board, DeviceFunction) {
+    let disk = Device::from(Disk::memory(1 << 16)).withhold(features::RING_INDIRECT_DESC);
+    let outer = PciBus::new()
+        .bridge(PciBus::new().pci(disk))
+        .pci(Disk::memory(4096));
+    let board = Board::emulated().pci_bridge(outer).build().unwrap();
+    let function = DeviceFunction {
+        bus: 2,
+        device: 0,
+        function: 0,
+    };
+    (board, function)
+}
+
+/// Writes to a register of a bridge: device `device` of bus `bus`.
+fn set_up(board: &Board, (bus, device): (u64, u64), register: u64, value: u64) {
+    let address = board.ecam() + (bus << 20) + (device << 15) + register;
+    board.machine().bus().write(address, 4, value);
+}
+
+const OUTER: (u64, u64) = (0, 1);
+const INNER: (u64, u64) = (1, 0);
+
+#[test]
+fn a_bus_is_reached_by_the_numbers_of_its_bridges_alone() {
+    let (board, _) = behind_bridges();
+    let found = |bus| board.pci().enumerate_bus(bus).count();
+    assert_eq!([1, 2].map(found), [0, 0]);
+    set_up(&board, OUTER, 0x18, 0x0001_0100);
+    assert_eq!([1, 2].map(found), [2, 0]);
+    // The inner bridge leads there, but the outer one does not lead to it.
+    set_up(&board, INNER, 0x18, 0x0002_0201);
+    assert_eq!([1, 2].map(found), [2, 0]);
+    set_up(&board, OUTER, 0x18, 0x0005_0100);
+    assert_eq!([1, 2, 3, 4, 5].map(found), [2, 1, 0, 0, 0]);
+    set_up(&board, OUTER, 0x18, 0x0005_0300);
+    assert_eq!([1, 2, 3].map(found), [0, 0, 2]);
+}
+
+#[test]
+fn a_bridge_forwards_what_its_registers_and_its_command_let_through() {
+    let (board, function) = behind_bridges();
+    set_up(&board, OUTER, 0x18, 0x0002_0100);
+    set_up(&board, INNER, 0x18, 0x0002_0201);
+    // The BAR is in the first MiB of the window.
+    assign(&board, function);
+    let start = board.pci_window().start >> 16;
+    let exactly = start << 16 | start;
+    let beyond = (start + 0x10) << 16 | (start + 0x10);
+    for bridge in [OUTER, INNER] {
+        set_up(&board, bridge, 0x20, exactly);
+        // No prefetchable memory, and all of the command.
+        set_up(&board, bridge, 0x24, 0xfff0);
+        set_up(&board, bridge, 0x2c, 0);
+        set_up(&board, bridge, 0x04, 6);
+    }
+    let mut root = board.pci();
+    let mut transport = PciTransport::new::<MachineHal, _>(&mut root, function).unwrap();
+    assert_eq!(transport.max_queue_size(0), 128);
+    for bridge in [OUTER, INNER] {
+        for (register, shut, open) in [
+            (0x20, beyond, exactly),
+            (0x20, 0xfff0, exactly),
+            (0x04, 4, 6),
+        ] {
+            set_up(&board, bridge, register, shut);
+            assert_eq!(transport.max_queue_size(0), 0xffff);
+            set_up(&board, bridge, register, open);
+            assert_eq!(transport.max_queue_size(0), 128);
+        }
+        // Prefetchable memory is forwarded as well.
+        set_up(&board, bridge, 0x20, beyond);
+        set_up(&board, bridge, 0x24, exactly);
+        assert_eq!(transport.max_queue_size(0), 128);
+        set_up(&board, bridge, 0x28, 1);
+        assert_eq!(transport.max_queue_size(0), 0xffff);
+        set_up(&board, bridge, 0x28, 0);
+    }
+
+    let mut driver = VirtIOBlk::<MachineHal, _>::new(transport).unwrap();
+    let (mut request, mut response) = (Default::default(), Default::default());
+    let mut buffer = [0; 512];
+    set_up(&board, OUTER, 0x04, 2);
+    // SAFETY: the request, buffer and response outlive the driver's use of them.
+    unsafe { driver.read_blocks_nb(0, &mut request, &mut buffer, &mut response) }.unwrap();
+    assert_eq!(driver.peek_used(), None, "no bus mastering, no DMA");
+    set_up(&board, OUTER, 0x04, 6);
+    drop(driver);
+}
+
+#[test]
+fn pins_rotate_behind_each_bridge() {
+    let (board, _) = behind_bridges();
+    // The inner disk is device 0 behind device 0 behind device 1, the other device 1 behind device 1.
+    board.device(0).spurious_interrupt(1);
+    assert_eq!(board.run(), [33]);
+    board.device(1).spurious_interrupt(1);
+    assert_eq!(board.run(), [33, 34]);
 }
 
 #[test]
