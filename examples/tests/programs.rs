@@ -675,10 +675,45 @@ fn programs_without_a_socket_of_the_user_bring_their_own_daemon() {
 }
 
 #[test]
-fn a_socket_goes_with_its_board() {
-    for name in ["block", "net", "display"] {
-        assert!(fail(name, &["--board", "vhost-user"]).contains("--socket"));
+fn an_image_is_driven_through_a_daemon_of_the_programs_own() {
+    if let Some(why) = machine::vhost_user::StorageDaemon::missing() {
+        eprintln!("{why}");
+        return;
     }
+    let directory = Scratch::new("block").unwrap();
+    let image = make_image(&directory);
+    let on = ["--board", "vhost-user", "--disk", &image];
+    let said = succeed("block", &on);
+    assert!(
+        said.contains("read-only") && said.contains("6  hello.txt"),
+        "{said}"
+    );
+    let verify = ["--verify", "--destroy-all-data"];
+    let said = succeed("block", &[&on[..], &verify].concat());
+    assert!(said.contains("all 8192 blocks"), "{said}");
+}
+
+#[test]
+fn a_display_behind_vhost_user_shows_the_same_picture_as_the_emulated_one() {
+    if let Some(why) = machine::vhost_user::DisplayProgram::missing() {
+        eprintln!("{why}");
+        return;
+    }
+    let directory = Scratch::new("display").unwrap();
+    let show = |board: &[&str]| {
+        let path = directory.path().join("shown.png");
+        let out = path.to_str().unwrap();
+        let arguments = [&["--size", "333x77", "--out", out], board].concat();
+        succeed("display", &arguments);
+        Image::load(&path).unwrap()
+    };
+    let expected = show(&[]);
+    assert!(show(&["--board", "vhost-user"]) == expected);
+}
+
+#[test]
+fn a_socket_goes_with_its_board() {
+    assert!(fail("net", &["--board", "vhost-user"]).contains("--socket"));
     assert!(fail("net", &["--socket", "a.sock"]).contains("--board vhost-user"));
     let three = ["--socket", "a", "--socket", "b", "--socket", "c"];
     let board = ["--board", "vhost-user"];

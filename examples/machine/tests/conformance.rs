@@ -30,7 +30,7 @@ use axdriver_base::{DevError, DevResult};
 use axdriver_block::conformance as block_rules;
 use axdriver_display::conformance as display_rules;
 use axdriver_net::{NetDriverOps, conformance as net_rules};
-use axdriver_virtio::{VirtIoBlkDev, VirtIoNetDev};
+use axdriver_virtio::{VirtIoBlkDev, VirtIoGpuDev, VirtIoNetDev};
 use clap::Parser;
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 use machine::emulated::features::{RING_EVENT_IDX as EVENT_IDX, RING_INDIRECT_DESC as INDIRECT};
@@ -39,7 +39,7 @@ use machine::qemu::{
     Bus, Cable, Disk, Display, ImageFormat, Nic, QemuBoard, QemuMachine, QemuOptions,
 };
 use machine::vhost_user::{
-    Socket, StorageDaemon, VhostUserDevice, VhostUserOptions, VhostUserTransport,
+    DisplayProgram, Socket, StorageDaemon, VhostUserDevice, VhostUserOptions, VhostUserTransport,
 };
 use machine::{Board, Device, Machine, MachineHal, Memory, Version};
 use support::{Drivers, LONG, Scratch, patiently, skip};
@@ -71,7 +71,7 @@ enum BoardKind {
     Emulated,
     /// QEMU's, of `virt` and q35.
     Qemu,
-    /// Those of other programs: qemu-storage-daemon, DPDK's testpmd.
+    /// Those of other programs: qemu-storage-daemon, vhost-user-gpu, DPDK's testpmd.
     VhostUser,
 }
 
@@ -571,6 +571,41 @@ fn check_testpmd() -> Outcome {
     Ok(())
 }
 
+fn check_display(options: VhostUserOptions) -> Outcome {
+    if let Some(why) = DisplayProgram::missing() {
+        skip(&why);
+        return Ok(());
+    }
+    let program = DisplayProgram::start()?;
+    let memory = Memory::anonymous(DEFAULT_BASE, 16 << 20)?;
+    let _installed = Machine::new(memory.clone(), Arc::new(())).install();
+    let transport = VhostUserTransport::connect(program.socket(), memory.clone(), options)?;
+    let handle = transport.handle();
+    let display = VirtIoGpuDev::<MachineHal, _>::try_new_with(transport, patiently())?;
+    let mut drivers = Drivers::default();
+    drivers.displays.push(Box::new(display));
+    check(drivers, &memory, |_| None, || Ok(handle.check()?))
+}
+
+fn display_trials() -> Vec<Trial> {
+    let options = || {
+        let (width, height) = (200, 120);
+        VhostUserOptions::new(VhostUserDevice::Display { width, height })
+    };
+    let display = |name: String, options: VhostUserOptions| {
+        trial("vhost-user", name, move || check_display(options))
+    };
+    let features = QUEUE_FEATURES.map(|(name, bits)| {
+        let options = options().without_features(bits);
+        display(format!("display, {name}"), options)
+    });
+    let sizes = [4, 64, 1024].map(|size| {
+        let options = options().queue_size(size);
+        display(format!("display, queues of {size}"), options)
+    });
+    features.into_iter().chain(sizes).collect()
+}
+
 fn vhost_user() -> Vec<Trial> {
     let mut trials = disk_trials(&on_daemon(ImageFormat::Raw, false));
     let qcow2 = on_daemon(ImageFormat::Qcow2, false);
@@ -579,5 +614,6 @@ fn vhost_user() -> Vec<Trial> {
     trials.push(disk_trial("disk, read-only", &read_only, disk_options()));
     let name = "NIC of DPDK's testpmd".to_owned();
     trials.push(trial("vhost-user", name, check_testpmd));
+    trials.extend(display_trials());
     trials
 }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axdriver_base::{DevError, InterruptCause};
-use axdriver_display::{DisplayDriverOps, conformance};
+use axdriver_display::DisplayDriverOps;
 use axdriver_virtio::{VirtIoGpuDev, WaitPolicy};
 use machine::memory::DEFAULT_BASE;
 use machine::vhost_user::{
@@ -29,9 +29,6 @@ use machine::{Image, Installed, Machine, MachineHal, Memory};
 use support::{LONG, Scratch, patiently, skip};
 
 type GpuDev = VirtIoGpuDev<MachineHal, VhostUserTransport>;
-
-const EVENT_IDX: u64 = 1 << 29;
-const INDIRECT_DESC: u64 = 1 << 28;
 
 /// Leaves the test, with a line that says so, where the program is missing.
 macro_rules! need_program {
@@ -104,26 +101,6 @@ fn drawn(shade: u32, width: u32, height: u32) -> Image {
         width,
         height,
         rgba: rgba.collect(),
-    }
-}
-
-#[test]
-fn the_contract_holds_with_and_without_each_queue_feature() {
-    need_program!();
-    for withheld in [0, EVENT_IDX, INDIRECT_DESC, EVENT_IDX | INDIRECT_DESC] {
-        for size in [4, 64, 1024] {
-            let options = options(200, 120)
-                .without_features(withheld)
-                .queue_size(size);
-            let mut rig = rig(options.clone(), patiently());
-            let verdict = conformance::check(&mut rig.display);
-            verdict.unwrap_or_else(|violation| panic!("{violation} with {options:?}"));
-            rig.handle.check().unwrap();
-            drop(rig.display);
-            let counters = rig.memory.counters();
-            assert_eq!((counters.pages_live, counters.shares_live), (0, 0));
-            assert!(rig.memory.overwritten_free_pages().is_empty());
-        }
     }
 }
 

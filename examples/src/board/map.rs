@@ -150,6 +150,7 @@ impl SocketDevice {
     fn device_type(&self) -> DeviceType {
         match self.device {
             VhostUserDevice::Network { .. } => DeviceType::Net,
+            VhostUserDevice::Display { .. } => DeviceType::Display,
             _ => DeviceType::Block,
         }
     }

@@ -233,12 +233,7 @@ pub struct BoardArgs {
     pub transport: Transport,
 
     /// The socket of the program that has the device, with --board vhost-user. Once for each device.
-    #[arg(
-        long,
-        value_name = "PATH",
-        required_if_eq("board", "vhost-user"),
-        conflicts_with = "transport"
-    )]
+    #[arg(long, value_name = "PATH", conflicts_with = "transport")]
     pub socket: Vec<PathBuf>,
 }
 
@@ -257,8 +252,9 @@ impl BoardArgs {
             plan.with(self.transport, device)
         });
         match self.board {
+            // Without any, programs are started.
             BoardKind::VhostUser => ensure!(
-                self.socket.len() == plan.parts.len(),
+                self.socket.is_empty() || self.socket.len() == plan.parts.len(),
                 "{} sockets are given with --socket, {} are needed",
                 self.socket.len(),
                 plan.parts.len()

@@ -7,11 +7,14 @@ use machine::{
     Installed, Machine, Memory,
     memory::DEFAULT_BASE,
     qemu::{Disk, ImageFormat},
-    vhost_user::{Socket, StorageDaemon, VhostUserDevice},
+    vhost_user::{DisplayProgram, Socket, StorageDaemon, VhostUserDevice},
 };
 use smoltcp::time::{Duration, Instant};
 
-use super::{Board, Device, Map, Medium, Place, Plan, SocketDevice, Work, memory_complaints};
+use super::{
+    Board, Device, Map, Medium, Place, Plan, SocketDevice, Transport, Work, image_format,
+    memory_complaints,
+};
 use crate::{
     image::Image,
     scratch::UnnamedFile,
@@ -22,8 +25,15 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Returns what there are programs for.
-pub(super) fn everything(disk: Device, _display: Device) -> Plan {
-    Plan::default().with(super::Transport::default(), disk)
+pub(super) fn everything(disk: Device, display: Device) -> Plan {
+    let plan = Plan::default().with(Transport::default(), disk);
+    match DisplayProgram::missing() {
+        None => plan.with(Transport::default(), display),
+        Some(why) => {
+            log::warn!("no display: {why}");
+            plan
+        }
+    }
 }
 
 /// Memory that is shared with other programs, and their devices.
@@ -31,43 +41,65 @@ pub(super) struct VhostUser {
     devices: Vec<Rc<SocketDevice>>,
     memory: Arc<Memory>,
     _installed: Installed,
-    /// After the devices, which are at their sockets.
-    _daemons: Vec<StorageDaemon>,
-    _media: Vec<UnnamedFile>,
+    _programs: Vec<Program>,
+}
+
+/// A program that runs as long as the board, and what goes after it.
+#[expect(dead_code, reason = "they end when they are dropped")]
+enum Program {
+    Storage(Box<StorageDaemon>, Option<UnnamedFile>),
+    Display(DisplayProgram),
+}
+
+impl Program {
+    /// Starts the program that has such a device, and returns where it listens.
+    fn start(device: &Device) -> anyhow::Result<(Self, Socket)> {
+        let (disk, file) = match device {
+            Device::Disk(Medium::Blank(size)) => {
+                let file = UnnamedFile::new(*size)?;
+                (Disk::new(file.path(), ImageFormat::Raw), Some(file))
+            }
+            Device::Disk(Medium::Image { path, read_only }) => {
+                let disk = Disk::new(path, image_format(path)?);
+                (if *read_only { disk.read_only() } else { disk }, None)
+            }
+            Device::Disk(Medium::Elsewhere) => bail!("a disk has neither an image nor a socket"),
+            Device::Nic(_) => bail!(
+                "there is no program to start for a NIC: start one, and name its socket with --socket"
+            ),
+            Device::Display { .. } => {
+                let program = DisplayProgram::start().context("cannot start vhost-user-gpu")?;
+                let socket = program.socket();
+                return Ok((Self::Display(program), socket));
+            }
+        };
+        let daemon = StorageDaemon::start(&disk, 1).context("cannot start qemu-storage-daemon")?;
+        let socket = daemon.socket();
+        Ok((Self::Storage(Box::new(daemon), file), socket))
+    }
 }
 
 impl VhostUser {
     pub(super) fn start(plan: &Plan) -> anyhow::Result<Self> {
         let memory = Memory::anonymous(DEFAULT_BASE, plan.memory_size())?;
-        let mut sockets = plan.sockets.iter();
+        let mut sockets = plan.sockets.iter().map(Socket::at);
         let mut devices = Vec::new();
-        let mut daemons = Vec::new();
-        let mut media = Vec::new();
+        let mut programs = Vec::new();
         for (number, (_, device)) in (1..).zip(&plan.parts) {
-            let (socket, kind) = match device {
-                Device::Disk(Medium::Blank(size)) => {
-                    let file = UnnamedFile::new(*size)?;
-                    let disk = Disk::new(file.path(), ImageFormat::Raw);
-                    let daemon = StorageDaemon::start(&disk, 1)
-                        .context("cannot start qemu-storage-daemon")?;
-                    let socket = daemon.socket();
-                    media.push(file);
-                    daemons.push(daemon);
-                    (Some(socket), VhostUserDevice::Block)
-                }
-                Device::Disk(Medium::Elsewhere) => (None, VhostUserDevice::Block),
-                Device::Disk(Medium::Image { .. }) => {
-                    bail!("the image of a vhost-user disk is for its program to choose")
-                }
-                Device::Nic(_) => {
-                    let mac = [0x02, 0, 0, 0, 0, number];
-                    (None, VhostUserDevice::Network { mac })
-                }
-                Device::Display { .. } => bail!("no vhost-user display"),
-            };
-            let socket = match socket {
+            let socket = match sockets.next() {
                 Some(socket) => socket,
-                None => Socket::at(sockets.next().context("a device has no socket")?),
+                None => {
+                    let (program, socket) = Program::start(device)?;
+                    programs.push(program);
+                    socket
+                }
+            };
+            let kind = match *device {
+                Device::Disk(_) => VhostUserDevice::Block,
+                Device::Nic(_) => VhostUserDevice::Network {
+                    mac: [0x02, 0, 0, 0, 0, number],
+                },
+                Device::Display { width, height } => VhostUserDevice::Display { width, height },
             };
             devices.push(Rc::new(SocketDevice::new(socket, kind, memory.clone())));
         }
@@ -77,8 +109,7 @@ impl VhostUser {
             devices,
             memory,
             _installed: machine.install(),
-            _daemons: daemons,
-            _media: media,
+            _programs: programs,
         })
     }
 }
@@ -96,7 +127,10 @@ impl Board for VhostUser {
     }
 
     fn screen(&self, place: &Place) -> anyhow::Result<Image> {
-        bail!("the device at {place} is no display")
+        let device = self.devices.iter().find(|device| device.place() == *place);
+        let handle = device.and_then(|device| device.handle());
+        let handle = handle.with_context(|| format!("there is no display at {place}"))?;
+        super::picture(&handle.image(0))
     }
 
     fn network_time(&self, _place: &Place) -> anyhow::Result<Box<dyn Time>> {

@@ -182,6 +182,7 @@ fn package_of(program: &Path) -> &'static str {
         Some("qemu-system-x86_64") => "qemu-system-x86 (Debian's name for it)",
         Some("qemu-storage-daemon") => "qemu-system-common (Debian's name for it)",
         Some("qemu-img") => "qemu-utils (Debian's name for it)",
+        Some("vhost-user-gpu") => "qemu-system-gui (Debian's name for it)",
         _ => "QEMU",
     }
 }

@@ -388,7 +388,11 @@ impl VhostUserTransport {
             Some(Loss::Closed) => true,
             Some(Loss::Silent { .. } | Loss::Wrong { .. }) => false,
         };
-        if loss.is_some() || stopped.is_err() || stale {
+        if stale && loss.is_none() && stopped.is_ok() {
+            // The next connection is made when it is needed: after its last reset a device needs none.
+            self.common.disconnect();
+            self.forget();
+        } else if loss.is_some() || stopped.is_err() {
             match self.common.reconnect() {
                 // It serves one at a time: if it serves this connection, it is done with the one before.
                 Ok(session) => {
@@ -566,6 +570,13 @@ impl Transport for VhostUserTransport {
         if status.is_empty() {
             self.reset();
             return;
+        }
+        if self.status.is_empty() && self.common.session().is_none() {
+            match self.common.reconnect() {
+                Ok(session) => self.queues = vec![None; session.queues.into()],
+                // The status says from here on that the device needs a reset.
+                Err(error) => log::warn!("{error}"),
+            }
         }
         let newly = |bit| status.contains(bit) && !self.status.contains(bit);
         let (negotiated, live) = (
