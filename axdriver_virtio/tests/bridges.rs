@@ -667,6 +667,23 @@ fn what_a_bridge_forwards_is_read_from_its_registers() {
     }
 }
 
+#[test]
+fn bridges_behind_one_another_are_numbered_up_to_a_depth() {
+    for (depth, expected) in [(16, 1), (17, 0)] {
+        let mut behind = PciBus::new().pci(disk());
+        for _ in 1..depth {
+            behind = PciBus::new().bridge(behind);
+        }
+        let board = Board::emulated().pci_bridge(behind).build().unwrap();
+        logged();
+        let found = find(&board, Some(&mut window(&board)));
+        assert_eq!(found.len(), expected, "{depth}");
+        let warned = |line: &common::Logged| line.level == log::Level::Warn;
+        assert_eq!(logged().iter().any(warned), expected == 0);
+        work(&board, found);
+    }
+}
+
 // Bridges that say anything.
 
 /// What a register is: what was written counts for some, and others stay or change at each look.

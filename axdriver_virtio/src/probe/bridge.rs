@@ -284,15 +284,14 @@ impl<C: ConfigurationAccess> Numbering<'_, C> {
     /// Goes through the bridges on `first` that have no numbers, and through all that is behind
     /// them, depth first. A bus is entered only with a number that none had before.
     fn walk(&mut self, first: u8) {
-        let mut path = [None; MAX_DEPTH];
-        let mut depth = 0;
+        let mut path: [Option<Open>; MAX_DEPTH] = [None; MAX_DEPTH];
+        let mut depth = 0_usize;
         let mut functions = Functions::of(first);
         loop {
             let Some((function, info)) = functions.next(self.access) else {
-                let Some(open) = path.get_mut(..depth).and_then(<[_]>::last_mut) else {
-                    return;
-                };
-                let Some(open): Option<Open> = open.take() else {
+                // The bus is done: back to the one that its bridge is on.
+                let above = depth.checked_sub(1);
+                let Some(open) = above.and_then(|above| *path.get(above)?) else {
                     return;
                 };
                 depth -= 1;

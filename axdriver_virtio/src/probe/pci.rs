@@ -111,8 +111,8 @@ pub fn probe_pci_bus<'a, H: VirtIoHal, C: ConfigurationAccess>(
 /// * Bridges on the first bus without a bus number, and all behind them, get the next free number,
 ///   and forward the addresses that their own BARs and those of the virtio devices behind them are
 ///   given, in whole MiB and 1 MiB at least, below 4 GiB. They forward neither I/O ports nor
-///   prefetchable memory. A bridge for which there is no number or no room, or that does not take
-///   them, is left out, and the log says so.
+///   prefetchable memory. A bridge for which there is no number or no room, that does not take
+///   them, or that is behind 16 others is left out, and the log says so.
 /// * Virtio devices on the first bus get addresses for BARs that have none. Those behind bridges
 ///   that firmware has numbered do not, because nobody knows which addresses are free there; see
 ///   [`PciBridge`](crate::PciBridge) for a slot that was empty before.

@@ -173,6 +173,62 @@ fn devices_behind_root_ports_keep_the_contracts() {
 }
 
 #[test]
+fn devices_behind_a_switch_and_a_bridge_of_another_kind_are_found_and_work() {
+    for machine in machines() {
+        let image = Scratch::image(&format!("switch-{machine:?}"), 1 << 20);
+        let mut options = three(machine, &image);
+        // A switch with two ports, and a bridge to a bus that is not PCI Express.
+        for device in [
+            "pcie-root-port,id=root,bus=pcie.0,addr=0x10,chassis=40",
+            "x3130-upstream,id=switch,bus=root",
+            "xio3130-downstream,id=left,bus=switch,addr=0,chassis=41",
+            "xio3130-downstream,id=right,bus=switch,addr=1,chassis=42",
+            "virtio-gpu-pci,id=display1,bus=left",
+            "virtio-gpu-pci,id=display2,bus=right",
+            "pci-bridge,id=old,bus=pcie.0,addr=0x11,chassis_nr=43",
+            "virtio-gpu-pci,id=display3,bus=old,addr=5",
+        ] {
+            options = options.argument("-device").argument(device);
+        }
+        let mut board = QemuBoard::start(&options).unwrap();
+        let places: Vec<_> = find(&board)
+            .iter()
+            .map(|(function, _)| (function.bus, function.device))
+            .collect();
+        assert_eq!(places, [(1, 0), (2, 0), (3, 0), (6, 0), (7, 0), (8, 5)]);
+        let configuration = support::configuration(&board);
+        let function = |bus, device| DeviceFunction {
+            bus,
+            device,
+            function: 0,
+        };
+        for (inner, outer, pin) in [
+            (function(6, 0), function(0, 0x10), 1),
+            (function(7, 0), function(0, 0x10), 2),
+            (function(8, 5), function(0, 0x11), 2),
+        ] {
+            let route = route_pci_interrupt(&configuration, 0, inner);
+            assert_eq!(route, Some((outer, pin)), "{inner}");
+        }
+
+        let mut drivers = Drivers::probe::<16>(&board);
+        assert_eq!(drivers.displays.len(), 4);
+        for (number, display) in drivers.displays.iter_mut().enumerate() {
+            display.fb().as_bytes_mut().fill(number as u8 + 1);
+            display.flush().unwrap();
+        }
+        for number in 0..4 {
+            let shade = number as u8 + 1;
+            let pixel = board.image(number, 0).unwrap().pixel(9, 9);
+            assert_eq!(pixel, Some([shade, shade, shade, 255]));
+        }
+        drop(drivers);
+        assert_nothing_left(&board);
+        board.check().unwrap();
+    }
+}
+
+#[test]
 fn an_interrupt_of_a_device_behind_a_root_port_comes_where_it_is_said_to() {
     for machine in machines() {
         let image = Scratch::image(&format!("routed-{machine:?}"), 1 << 20);
