@@ -40,7 +40,7 @@ const LEGACY: &str = "virtio-mmio.force-legacy=true";
 pub(crate) const BOARDS: &[Board] = &[
     Board {
         name: "x86_64-q35",
-        about: "a PC: PCI, its BARs assigned by the firmware",
+        about: "a PC: PCI, its BARs and bridges set up by the firmware",
         architecture: "x86_64",
         machine: &[
             "-M", "q35", "-cpu", "max", "-m", "256M", "-device", PC_EXIT, "-global", PC_SLOTS,
@@ -100,7 +100,7 @@ pub(crate) const BOARDS: &[Board] = &[
     },
     Board {
         name: "aarch64-pci",
-        about: "virt: PCI by the device tree, its BARs assigned by the kernel",
+        about: "virt: PCI by the device tree, its BARs and bridges set up by the kernel",
         architecture: "aarch64",
         machine: &[
             "-M",
@@ -133,7 +133,7 @@ pub(crate) const BOARDS: &[Board] = &[
     },
     Board {
         name: "riscv64-pci",
-        about: "virt: PCI by the device tree, its BARs assigned by the kernel",
+        about: "virt: PCI by the device tree, its BARs and bridges set up by the kernel",
         architecture: "riscv64",
         machine: &["-M", "virt", "-m", "256M"],
         pci: true,
@@ -145,7 +145,7 @@ pub(crate) const BOARDS: &[Board] = &[
     },
     Board {
         name: "loongarch64-pci",
-        about: "virt: PCI by the device tree, its BARs assigned by the kernel",
+        about: "virt: PCI by the device tree, its BARs and bridges set up by the kernel",
         architecture: "loongarch64",
         machine: &["-M", "virt", "-cpu", "la464-loongarch-cpu", "-m", "2G"],
         pci: true,

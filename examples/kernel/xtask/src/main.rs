@@ -25,12 +25,15 @@ Builds the kernel, boots it under QEMU's emulation and checks what it did.
 Usage: cargo kernel COMMAND
 
   run NAME       boots the boards whose name begins with NAME, and shows their console
-  test [NAME]    boots all of them, also with interrupts lost and in storms, and shows what fails
+  test [NAME]    boots all of them, also with each fault that can befall them, and shows what fails
   build NAME     only builds, and prints the kernel's path
   boards         lists the boards
   size           how many bytes of code each driver adds, beside the published crates
 
-A boot makes a disk image, serves a page, calls the echo server, and compares the picture. It is
+Faults are: a request that the disk does not answer, stray interrupts, a card that is pulled, caches
+that devices do not see, interrupts lost, and an interrupt storm.
+
+A boot makes disk images, serves a page, calls the echo server, and compares the picture. It is
 killed after 30 s. Pictures and images are left in the target directory, under `boots`.
 ";
 
