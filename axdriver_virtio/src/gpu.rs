@@ -382,7 +382,11 @@ impl<H: Hal, T: Transport + Send + Sync> BaseDriverOps for VirtIoGpuDev<H, T> {
     fn acknowledge_interrupt(&mut self) -> DevResult<InterruptCause> {
         let cause = cause(self.lifecycle.transport().ack_interrupt());
         if cause.contains(InterruptCause::CONFIGURATION) && self.lifecycle.is_live() {
-            self.configuration_changed()?;
+            match self.configuration_changed() {
+                // No display is enabled any more: the old picture goes on, and the cause is told.
+                Ok(_) | Err(DevError::Unsupported) => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(cause)
     }

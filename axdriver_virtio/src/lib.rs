@@ -135,8 +135,8 @@ pub use self::{
     convert::{as_dev_err, as_dev_type},
     interrupt::InterruptHandle,
     probe::{
-        PciBridge, PciBusProbe, PciRangeAllocator, assign_bars, probe_mmio_device, probe_pci_bus,
-        probe_pci_buses, probe_pci_device, route_pci_interrupt,
+        PciBridge, PciBusProbe, PciRangeAllocator, assign_bars, probe_mmio_device, probe_pci_buses,
+        probe_pci_device, route_pci_interrupt,
     },
     transport::{MmioTransport, PciTransport},
 };

@@ -13,7 +13,7 @@ use axdriver_base::{DevError, DeviceType};
 use axdriver_virtio::pci::{DeviceFunction, DeviceFunctionInfo, HeaderType};
 use axdriver_virtio::{
     PciRangeAllocator, PciTransport, Transport, as_dev_err, as_dev_type, assign_bars,
-    probe_mmio_device, probe_pci_bus, probe_pci_device,
+    probe_mmio_device, probe_pci_buses, probe_pci_device,
 };
 use common::{Capability, FakeFunction, FakeRoot, Over, logged};
 use machine::hostile::{Fault, Hostile};
@@ -623,12 +623,12 @@ fn a_bus_with_nothing_but_a_bridge_yields_nothing() {
     let board = Board::emulated().build().unwrap();
     let mut root = board.pci();
     assert!(
-        probe_pci_bus::<MachineHal, _>(&mut root, 0, None)
+        probe_pci_buses::<MachineHal, _>(&mut root, 0..=0, None)
             .next()
             .is_none()
     );
     assert!(
-        probe_pci_bus::<MachineHal, _>(&mut root, 255, None)
+        probe_pci_buses::<MachineHal, _>(&mut root, 255..=255, None)
             .next()
             .is_none()
     );
@@ -644,7 +644,7 @@ fn a_bus_without_room_for_all_yields_those_that_have_it() {
         .unwrap();
     let mut window = PciRangeAllocator::new(board.pci_window().start, 0x4000);
     let mut root = board.pci();
-    let found: Vec<_> = probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut window))
+    let found: Vec<_> = probe_pci_buses::<MachineHal, _>(&mut root, 0..=0, Some(&mut window))
         .map(|(function, device_type, _)| (function.device, device_type))
         .collect();
     assert_eq!(found, [(1, DeviceType::Block)]);

@@ -22,7 +22,7 @@ use axdriver_net::NetDriverOps;
 use axdriver_virtio::pci::{ConfigurationAccess, DeviceFunction, MmioCam, PciRoot};
 use axdriver_virtio::{
     PciBridge, PciRangeAllocator, PciTransport, Transport, VirtIoBlkDev, VirtIoGpuDev,
-    VirtIoNetDev, probe_pci_bus, probe_pci_buses, route_pci_interrupt,
+    VirtIoNetDev, probe_pci_buses, route_pci_interrupt,
 };
 use common::{MAC, logged};
 use machine::emulated::{Builder, PciBus};
@@ -392,7 +392,8 @@ fn one_bus_alone_is_walked_if_no_more_is_asked_for() {
     let board = forest().build().unwrap();
     let mut root = board.pci();
     let mut window = window(&board);
-    let found: Found = probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut window)).collect();
+    let found: Found =
+        probe_pci_buses::<MachineHal, _>(&mut root, 0..=0, Some(&mut window)).collect();
     assert_eq!(places(&found), FOUND[..2]);
     assert_eq!(Config::of(&board).read_word(at(0, 2), NUMBERS), 0);
     #[expect(clippy::reversed_empty_ranges, reason = "no bus at all")]

@@ -15,7 +15,7 @@ use axdriver_display::DisplayDriverOps;
 use axdriver_net::NetDriverOps;
 use axdriver_virtio::{
     MmioTransport, PciRangeAllocator, PciTransport, Transport, VirtIoBlkDev, VirtIoGpuDev,
-    VirtIoNetDev, probe_mmio_device, probe_pci_bus,
+    VirtIoNetDev, probe_mmio_device, probe_pci_buses,
 };
 use machine::{
     Board, Device, Disk, Display, MachineHal, Nic, Version, emulated::features, registers::inside,
@@ -136,7 +136,7 @@ fn pci(board: &Board) -> PciTransport {
     let window = board.pci_window();
     let mut window = PciRangeAllocator::new(window.start, window.end - window.start);
     let mut root = board.pci();
-    probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut window))
+    probe_pci_buses::<MachineHal, _>(&mut root, 0..=0, Some(&mut window))
         .next()
         .unwrap()
         .2

@@ -284,7 +284,7 @@ fn displays_of_one_pixel_and_of_many_keep_the_contract() {
 
 #[test]
 fn several_devices_on_one_bus_do_not_disturb_one_another() {
-    use axdriver_virtio::{PciRangeAllocator, probe_pci_bus};
+    use axdriver_virtio::{PciRangeAllocator, probe_pci_buses};
     let (disk, nic) = (Disk::memory(16 * 512), Nic::new(MAC));
     let display = Display::new(16, 8);
     let board = machine::Board::emulated()
@@ -301,7 +301,7 @@ fn several_devices_on_one_bus_do_not_disturb_one_another() {
     let range = bench.board.pci_window();
     let mut window = PciRangeAllocator::new(range.start, range.end - range.start);
     let mut root = bench.board.pci();
-    let mut found = probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut window));
+    let mut found = probe_pci_buses::<MachineHal, _>(&mut root, 0..=0, Some(&mut window));
     let mut next = || found.next().unwrap().2.into();
     let mut disk = common::Disk::try_new(next()).unwrap();
     let mut nic_driver = common::Nic::<8>::try_new(next()).unwrap();

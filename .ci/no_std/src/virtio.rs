@@ -12,7 +12,7 @@ use axdriver_virtio::VirtIoNetDev;
 use axdriver_virtio::{
     BufferDirection, PciRangeAllocator, PhysAddr, Transport, VirtIoHal,
     pci::{Cam, MmioCam, PciRoot},
-    probe_mmio_device, probe_pci_bus,
+    probe_mmio_device, probe_pci_buses,
 };
 
 /// Memory that is not there: the program is linked, not run.
@@ -78,7 +78,8 @@ pub(crate) fn link() -> DevResult {
     let access = unsafe { MmioCam::new(black_box(core::ptr::null_mut()), Cam::Ecam) };
     let mut root = PciRoot::new(access);
     let mut window = PciRangeAllocator::new(0x1000_0000, 0x1000_0000);
-    for (_, device_type, transport) in probe_pci_bus::<NoMemory, _>(&mut root, 0, Some(&mut window))
+    for (_, device_type, transport) in
+        probe_pci_buses::<NoMemory, _>(&mut root, 0..=0, Some(&mut window))
     {
         start(device_type, transport)?;
     }

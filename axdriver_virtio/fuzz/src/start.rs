@@ -10,7 +10,7 @@ use axdriver_virtio::{
     InterruptHandle, PciRangeAllocator, Transport, VirtIoBlkDev, VirtIoGpuDev, VirtIoNetDev,
     WaitPolicy, assign_bars,
     pci::{ConfigurationAccess, DeviceFunction, PciRoot},
-    probe_mmio_device, probe_pci_bus,
+    probe_mmio_device, probe_pci_buses,
 };
 use machine::{Machine, MachineHal, Memory, memory::DEFAULT_BASE, registers::register_pointer};
 
@@ -392,7 +392,7 @@ pub fn pci(bytes: &[u8]) {
         raw.set_bars((!lies).then(|| state.ranges()), multiplier);
         (state.registers(), state.command)
     };
-    let found = probe_pci_bus::<MachineHal, _>(&mut root, 0, None).next();
+    let found = probe_pci_buses::<MachineHal, _>(&mut root, 0..=0, None).next();
     if !lies {
         let state = bus.lock();
         assert_eq!(

@@ -9,5 +9,5 @@ pub use self::{
     bars::{PciRangeAllocator, assign_bars},
     bridge::{PciBridge, route_pci_interrupt},
     mmio::probe_mmio_device,
-    pci::{PciBusProbe, probe_pci_bus, probe_pci_buses, probe_pci_device},
+    pci::{PciBusProbe, probe_pci_buses, probe_pci_device},
 };

@@ -86,15 +86,6 @@ pub(super) fn driven_type(info: &DeviceFunctionInfo) -> Option<DeviceType> {
     device_type
 }
 
-/// Walks the bus `bus` alone: [`probe_pci_buses`] with no other bus to go to.
-pub fn probe_pci_bus<'a, H: VirtIoHal, C: ConfigurationAccess>(
-    root: &'a mut PciRoot<C>,
-    bus: u8,
-    window: Option<&'a mut PciRangeAllocator>,
-) -> PciBusProbe<'a, H, C> {
-    probe_pci_buses(root, bus..=bus, window)
-}
-
 /// Walks the first of `buses` and those behind its bridges, and yields the devices that
 /// [`probe_pci_device`] recognizes, in the order of their buses.
 ///

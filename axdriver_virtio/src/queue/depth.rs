@@ -21,7 +21,7 @@ use super::{AddError, Segment, VirtQueue};
 use crate::{
     PciRangeAllocator, WaitPolicy,
     lifecycle::{Features, Lifecycle},
-    probe_mmio_device, probe_pci_bus,
+    probe_mmio_device, probe_pci_buses,
 };
 
 /// The size of the queue.
@@ -329,7 +329,8 @@ fn at_full_depth_on_qemu(
             let window = board.pci_window();
             let mut window = PciRangeAllocator::new(window.start, window.end - window.start);
             let mut root = board.pci();
-            let found = probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut window)).next();
+            let found =
+                probe_pci_buses::<MachineHal, _>(&mut root, 0..=0, Some(&mut window)).next();
             let mut deep = Deep::start(found.unwrap().2, memory);
             (deep.exercise(much()), deep.deepest)
         }

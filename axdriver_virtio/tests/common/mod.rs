@@ -20,7 +20,7 @@ use std::rc::Rc;
 
 #[cfg(feature = "block")]
 use axdriver_virtio::WaitPolicy;
-use axdriver_virtio::{PciRangeAllocator, probe_mmio_device, probe_pci_bus};
+use axdriver_virtio::{PciRangeAllocator, probe_mmio_device, probe_pci_buses};
 use machine::hostile::{Fault, Hostile};
 use machine::{Board, Device, DeviceHandle, Event, MachineHal, Version};
 
@@ -155,7 +155,7 @@ impl Bench {
         let range = self.board.pci_window();
         let mut window = PciRangeAllocator::new(range.start, range.end - range.start);
         let mut root = self.board.pci();
-        let found = probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut window)).next();
+        let found = probe_pci_buses::<MachineHal, _>(&mut root, 0..=0, Some(&mut window)).next();
         found.map(|(.., transport)| transport)
     }
 

@@ -14,7 +14,7 @@ use std::{
 use axdriver_base::DeviceType;
 use axdriver_virtio::{
     BufferDirection, MmioTransport, PciRangeAllocator, PciTransport, PhysAddr, Transport,
-    VirtIoHal, WaitPolicy, probe_mmio_device, probe_pci_bus,
+    VirtIoHal, WaitPolicy, probe_mmio_device, probe_pci_buses,
 };
 use machine::{
     Board, Device, Event, MachineHal, Memory, Version,
@@ -338,7 +338,7 @@ impl Bench {
             let size = window.end - window.start;
             let mut window = PciRangeAllocator::new(window.start, size);
             let mut root = self.board.pci();
-            probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut window))
+            probe_pci_buses::<MachineHal, _>(&mut root, 0..=0, Some(&mut window))
                 .find(|(_, kind, _)| *kind == self.kind)
                 .map(|(_, _, transport)| Either::Pci(Box::new(transport)))
         };

@@ -287,11 +287,23 @@ const VIRT: QemuMachine = QemuMachine::Aarch64Virt;
 const Q35: QemuMachine = QemuMachine::X86Q35;
 
 /// Each transport, with QEMU's name for its machine.
-const TRANSPORTS: [(&str, QemuMachine, Bus, Version); 4] = [
+const TRANSPORTS: [(&str, QemuMachine, Bus, Version); 6] = [
     ("virt, modern MMIO", VIRT, Bus::Mmio, Version::Modern),
     ("virt, legacy MMIO", VIRT, Bus::Mmio, Version::Legacy),
     ("virt, PCI", VIRT, Bus::Pci, Version::Modern),
     ("q35, PCI", Q35, Bus::Pci, Version::Modern),
+    (
+        "virt, PCI behind a root port",
+        VIRT,
+        Bus::RootPort,
+        Version::Modern,
+    ),
+    (
+        "q35, PCI behind a root port",
+        Q35,
+        Bus::RootPort,
+        Version::Modern,
+    ),
 ];
 
 fn qemu() -> Vec<Trial> {

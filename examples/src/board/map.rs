@@ -11,7 +11,7 @@ use axdriver_virtio::{
     InterruptHandle, MmioTransport, MmioVersion, PciRangeAllocator, PciTransport, VirtIoBlkDev,
     VirtIoGpuDev, VirtIoNetDev, WaitPolicy,
     pci::{DeviceFunction, MmioCam, PciRoot},
-    probe_mmio_device, probe_pci_bus, probe_pci_device,
+    probe_mmio_device, probe_pci_buses, probe_pci_device,
 };
 use machine::{
     Function, MachineHal, Memory, Slot,
@@ -21,6 +21,9 @@ use machine::{
 
 /// The number of buffers in each of a NIC's queues.
 const NET_QUEUE_SIZE: usize = 64;
+
+/// The PCI buses that are walked. The configuration space of each board has these at least.
+const BUSES: std::ops::RangeInclusive<u8> = 0..=15;
 
 /// Where a device is.
 #[derive(Debug, Clone, Eq, PartialEq)]
@@ -32,7 +35,7 @@ pub enum Place {
         /// In bytes.
         size: usize,
     },
-    /// A function on the first PCI bus.
+    /// A function on a PCI bus.
     Pci(DeviceFunction),
     /// A program's socket.
     Socket(Socket),
@@ -248,7 +251,7 @@ impl Map {
             let mut window =
                 PciRangeAllocator::new(pci.window.start, pci.window.end - pci.window.start);
             for (function, device_type, _) in
-                probe_pci_bus::<MachineHal, _>(&mut root, 0, Some(&mut window))
+                probe_pci_buses::<MachineHal, _>(&mut root, BUSES, Some(&mut window))
             {
                 found.push(Found {
                     place: Place::Pci(function),
