@@ -23,10 +23,9 @@ const MAX_LOST: u32 = 4;
 /// * [`Error::Wrong`]: a device has taken such an interrupt for its own.
 /// * [`Error::Device`]: the disk fails.
 pub(crate) fn stray_interrupts(device: &mut Device<dyn Disk>) -> Result {
-    let mut lines = interrupts::lines();
-    let unserved = lines.first().map_or(0, |line| line.saturating_sub(1));
-    Arch::set_line(unserved, true);
-    lines.insert(unserved);
+    let lowest = interrupts::lines().first().copied().unwrap_or_default();
+    interrupts::add_source(lowest.saturating_sub(1), None);
+    let lines = interrupts::lines();
     println!("lines: {lines:?}");
     for line in lines {
         let (of_devices, before, _) = interrupts::totals();
