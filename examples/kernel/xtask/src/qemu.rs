@@ -192,13 +192,10 @@ fn dump_tree_without(property: &str, command: &Command, path: &Path) -> Result {
     tree[place.ok_or("the device tree has no such property")?] = b'-';
     // The names come last. QEMU pads this tree, and pads it again when it reads it, beyond the room
     // that there is below the kernel.
-    let mut header = tree
-        .chunks(4)
-        .map(|cell| cell.try_into().map(u32::from_be_bytes));
-    let (names, length) = (header.nth(3), header.nth(4));
-    let (Some(Ok(names)), Some(Ok(length))) = (names, length) else {
-        return Err("the device tree has no header".into());
-    };
+    let cell = |at: usize| Some(u32::from_be_bytes(tree.get(at..at + 4)?.try_into().ok()?));
+    let (names, length) = cell(12)
+        .zip(cell(32))
+        .ok_or("the device tree has no header")?;
     tree.truncate((names + length) as usize);
     tree[4..8].copy_from_slice(&(names + length).to_be_bytes());
     Ok(std::fs::write(path, tree)?)
