@@ -344,16 +344,15 @@ fn a_device_that_is_pulled_out_under_its_driver_is_an_error_of_each_call_and_no_
                     without = Some(board.memory().counters());
                 }
                 1 => {
-                    disk =
-                        VirtIoBlkDev::<MachineHal, _>::try_new_with(transport, impatiently()).ok()
+                    disk = VirtIoBlkDev::<MachineHal, _>::try_new_with(transport, patiently()).ok()
                 }
                 2 => {
-                    nic = VirtIoNetDev::<MachineHal, _, 16>::try_new_with(transport, impatiently())
-                        .ok()
+                    nic =
+                        VirtIoNetDev::<MachineHal, _, 16>::try_new_with(transport, patiently()).ok()
                 }
                 _ => {
                     display =
-                        VirtIoGpuDev::<MachineHal, _>::try_new_with(transport, impatiently()).ok()
+                        VirtIoGpuDev::<MachineHal, _>::try_new_with(transport, patiently()).ok()
                 }
             }
         }
@@ -377,6 +376,9 @@ fn a_device_that_is_pulled_out_under_its_driver_is_an_error_of_each_call_and_no_
         assert_eq!(cable.receive(LONG).unwrap(), frame);
         let with = board.memory().counters();
 
+        disk.set_wait_policy(impatiently());
+        nic.set_wait_policy(impatiently());
+        display.set_wait_policy(impatiently());
         for (port, id) in ports.iter().zip(["disk0", "nic0"]) {
             board.qmp().device_del(id).unwrap();
             assert!(port.attention());
