@@ -225,14 +225,15 @@ impl BoardKind {
 #[derive(Debug, clap::Args)]
 pub struct BoardArgs {
     /// The board that the devices are on.
-    #[arg(long, value_enum, default_value_t, value_name = "BOARD")]
+    #[arg(long, value_enum, default_value_t)]
     pub board: BoardKind,
 
-    /// How the devices are joined to an emulated board or to QEMU's [default: pci].
-    #[arg(long, value_enum, hide_default_value = true, default_value_t)]
+    /// How the devices are joined to an emulated board or to QEMU's.
+    #[arg(long, value_enum, default_value_t)]
     pub transport: Transport,
 
-    /// The socket of the program that has the device, with --board vhost-user. Once for each device.
+    /// The socket of the program that has the device, with --board vhost-user. Once for each device. Without it, programs of
+    /// QEMU's are started for disks and displays.
     #[arg(long, value_name = "PATH", conflicts_with = "transport")]
     pub socket: Vec<PathBuf>,
 }

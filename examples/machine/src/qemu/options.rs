@@ -341,9 +341,9 @@ impl Display {
 /// What a board in QEMU is made of.
 ///
 /// Devices of a bus sit in the order in which they were added: the first on MMIO in slot 0, the
-/// first on PCI as device 1 of bus 0, where a root port stands for the device behind it. QEMU's names for them, as QMP wants them, count by kind: the
-/// first disk is the device `disk0` and the block node `disk0`, the first NIC `nic0`, the first
-/// display `display0`.
+/// first on PCI as device 1 of bus 0, where a root port stands for the device behind it. QEMU's
+/// names for them, as QMP wants them, count by kind: the first disk is the device `disk0` and the
+/// block node `disk0`, the first NIC `nic0`, the first display `display0`.
 ///
 /// ```
 /// use machine::qemu::{Bus, Disk, Display, ImageFormat, Nic, QemuMachine, QemuOptions};
