@@ -580,27 +580,21 @@ fn files_go_in_and_out_of_raw_and_qcow2_images_on_qemu() {
 }
 
 #[test]
-fn an_image_that_is_in_use_is_named_on_qemu() {
+fn an_image_that_is_in_use_is_named() {
     need_qemu!();
     let directory = Scratch::new("block").unwrap();
     let image = make_image(&directory);
     let socket = directory.path().join("disk.sock");
     let _daemon = StorageDaemon::start(&image, &socket);
-    let arguments = [
-        "--board",
-        "qemu",
-        "--disk",
-        &image,
-        "--copy-in",
-        &image,
-        "x",
-    ];
-    let error = fail("block", &arguments);
-    assert!(
-        error.contains("disk.img") && error.contains("in use"),
-        "{error}"
-    );
-    assert_eq!(error.trim_end().lines().count(), 1, "{error}");
+    for board in ["qemu", "vhost-user"] {
+        let arguments = ["--board", board, "--disk", &image, "--copy-in", &image, "x"];
+        let error = fail("block", &arguments);
+        assert!(
+            error.contains("disk.img") && error.contains("in use"),
+            "{error}"
+        );
+        assert_eq!(error.trim_end().lines().count(), 1, "{error}");
+    }
 }
 
 #[test]

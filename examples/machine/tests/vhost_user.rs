@@ -384,11 +384,15 @@ fn an_image_that_is_missing_or_in_use_is_named() {
     need_daemon!();
     let fault = |image: &Scratch| match StorageDaemon::start(&disk_on(image), 1).map(drop) {
         Err(QemuError::Image { path, fault }) if path == image.0 => Some(fault),
-        _ => None,
+        Err(error) => panic!("{error}"),
+        Ok(()) => None,
     };
     assert_eq!(fault(&Scratch::new("nowhere")), Some(ImageFault::Missing));
     let image = Scratch::image("shared", 1 << 20);
-    // Two daemons would share an image; a machine's disk does not.
+    let holder = StorageDaemon::start(&disk_on(&image), 1).unwrap();
+    assert_eq!(fault(&image), Some(ImageFault::InUse));
+    drop(holder);
+    assert_eq!(fault(&image), None);
     if let Some(why) = QemuBoard::missing(QemuMachine::Aarch64Virt) {
         skip(&why);
         return;

@@ -573,7 +573,7 @@ impl QemuOptions {
         };
 
         for (number, disk) in self.disks.iter().enumerate() {
-            for node in disk.nodes(number) {
+            for node in disk.nodes(number, false) {
                 launch.option("-blockdev", node.to_string());
             }
         }
@@ -652,11 +652,13 @@ impl QemuOptions {
 }
 
 impl Disk {
-    /// Returns QEMU's block nodes of this disk, the lowest first.
-    pub(crate) fn nodes(&self, number: usize) -> Vec<Value> {
+    /// Returns QEMU's block nodes of this disk, the lowest first. With `alone`, nobody else may write to its image, which
+    /// goes without saying for the disk of a machine.
+    pub(crate) fn nodes(&self, number: usize, alone: bool) -> Vec<Value> {
         let (file, top) = (file_node(number), disk_node(number));
-        let faulty = !self.faults.is_empty();
-        let whole = if faulty {
+        let alone = alone && matches!(self.image, Image::File { .. });
+        let watched = alone || !self.faults.is_empty();
+        let whole = if watched {
             format!("whole{number}")
         } else {
             top.clone()
@@ -670,11 +672,16 @@ impl Disk {
                 "driver": "null-co", "node-name": whole, "size": size, "read-zeroes": true,
             })],
         };
-        if faulty {
-            let rules: Vec<_> = self.faults.iter().map(Fault::rule).collect();
-            nodes.push(json!({
-                "driver": "blkdebug", "node-name": top, "image": whole, "inject-error": rules,
-            }));
+        if watched {
+            let mut node = json!({ "driver": "blkdebug", "node-name": top, "image": whole });
+            if !self.faults.is_empty() {
+                let rules: Vec<_> = self.faults.iter().map(Fault::rule).collect();
+                node["inject-error"] = json!(rules);
+            }
+            if alone {
+                node["unshare-child-perms"] = json!(["write", "resize"]);
+            }
+            nodes.push(node);
         }
         for node in &mut nodes {
             node["read-only"] = json!(self.read_only);

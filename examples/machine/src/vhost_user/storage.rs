@@ -146,7 +146,8 @@ fn start(disk: &Disk, queues: u16, socket: &Socket) -> Result<Running, QemuError
     launch
         .option("--chardev", format!("socket,id=qmp,fd={number}"))
         .option("--monitor", "chardev=qmp");
-    for node in disk.nodes(0) {
+    // An export shares its image with all the world.
+    for node in disk.nodes(0, true) {
         launch.option("--blockdev", node.to_string());
     }
     let number = launch.inherit(socket.listen()?);
