@@ -586,7 +586,7 @@ fn an_image_that_is_in_use_is_named() {
     let image = make_image(&directory);
     let socket = directory.path().join("disk.sock");
     let _daemon = StorageDaemon::start(&image, &socket);
-    for board in ["qemu", "vhost-user"] {
+    for board in ["emulated", "qemu", "vhost-user"] {
         let arguments = ["--board", board, "--disk", &image, "--copy-in", &image, "x"];
         let error = fail("block", &arguments);
         assert!(

@@ -7,6 +7,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::io::Errno;
+
 use super::device::{Device, Field, Model};
 use super::queue::Chain;
 use super::state::State;
@@ -154,9 +157,18 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// Whatever the host says when it opens the file for reading and writing.
+    /// * [`io::ErrorKind::ResourceBusy`]: another program has locked the file or a part of it, as QEMU does.
+    /// * Whatever else the host says when it opens the file for reading and writing.
     pub fn file(path: impl AsRef<Path>) -> io::Result<Self> {
         let file = File::options().read(true).write(true).open(path)?;
+        let locked = fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive);
+        // Some file systems have no locks.
+        if let Err(Errno::AGAIN | Errno::ACCESS) = locked {
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "in use by another program, which has to close it first (or use a copy)",
+            ));
+        }
         let sectors = file.metadata()?.len() / SECTOR;
         Ok(Self::new(Storage::File(file), sectors, 0))
     }
