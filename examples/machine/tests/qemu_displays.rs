@@ -20,9 +20,8 @@ use axdriver_virtio::{
     probe_pci_buses,
 };
 use machine::MachineHal;
-use machine::emulated::Image;
 use machine::qemu::{Bus, Display, QemuBoard, QemuMachine, QemuOptions};
-use support::{BUSES, LONG, patiently, skip};
+use support::{BUSES, LONG, draw, drawn, patiently, skip};
 
 const VIRT: QemuMachine = QemuMachine::Aarch64Virt;
 
@@ -56,32 +55,9 @@ fn on_pci(board: &QemuBoard) -> Driver<PciTransport> {
     Driver::try_new_with(transport, patiently()).unwrap()
 }
 
-/// The colour of a pixel: red, green, blue.
-fn colour(shade: u32, x: u32, y: u32) -> [u8; 3] {
-    [(x * shade) as u8, (y * 3 + shade) as u8, (x ^ y) as u8]
-}
-
-fn draw(display: &mut dyn DisplayDriverOps, shade: u32) {
-    let info = display.info();
-    let stride = display.capabilities().stride;
-    let stride = stride.unwrap_or(info.width as usize * 4);
-    let mut framebuffer = display.fb();
-    for (y, row) in (0..info.height).zip(framebuffer.as_bytes_mut().chunks_mut(stride)) {
-        for (x, pixel) in (0..info.width).zip(row.as_chunks_mut::<4>().0) {
-            let [red, green, blue] = colour(shade, x, y);
-            *pixel = [blue, green, red, 0];
-        }
-    }
+fn show(display: &mut dyn DisplayDriverOps, shade: u32) {
+    draw(display, shade);
     display.flush().unwrap();
-}
-
-#[track_caller]
-fn assert_shown(image: &Image, width: u32, height: u32, shade: u32) {
-    assert_eq!((image.width, image.height), (width, height));
-    for (x, y) in (0..width).flat_map(|x| (0..height).map(move |y| (x, y))) {
-        let [red, green, blue] = colour(shade, x, y);
-        assert_eq!(image.pixel(x, y), Some([red, green, blue, 255]), "{x}, {y}");
-    }
 }
 
 fn cause(display: &mut dyn DisplayDriverOps) -> InterruptCause {
@@ -95,8 +71,8 @@ fn a_head_is_resized<T: Transport + Send + Sync>(
 ) {
     board.intercept_interrupts().unwrap();
     let mut monitor = board.monitor().unwrap();
-    draw(&mut display, 1);
-    assert_shown(&board.image(0, 0).unwrap(), 160, 100, 1);
+    show(&mut display, 1);
+    assert!(board.image(0, 0).unwrap() == drawn(1, 160, 100));
     let _ = cause(&mut display);
     let (mut width, mut height) = (160, 100);
     for (shade, (new_width, new_height)) in (2..).zip([(333, 77), (64, 480), (160, 100)]) {
@@ -111,16 +87,16 @@ fn a_head_is_resized<T: Transport + Send + Sync>(
         assert!(!display.configuration_changed().unwrap());
 
         // The old picture goes on until the driver takes the new size.
-        draw(&mut display, 100 + shade);
-        assert_shown(&board.image(0, 0).unwrap(), width, height, 100 + shade);
+        show(&mut display, 100 + shade);
+        assert!(board.image(0, 0).unwrap() == drawn(100 + shade, width, height));
         (width, height) = (new_width.into(), new_height.into());
         display.reset().unwrap();
         assert_eq!(
             (display.info().width, display.info().height),
             (width, height)
         );
-        draw(&mut display, shade);
-        assert_shown(&board.image(0, 0).unwrap(), width, height, shade);
+        show(&mut display, shade);
+        assert!(board.image(0, 0).unwrap() == drawn(shade, width, height));
     }
 
     // A wish for the size that it has is none.
@@ -131,13 +107,13 @@ fn a_head_is_resized<T: Transport + Send + Sync>(
     // A head that is switched off shows nothing new, and there is no display to start.
     monitor.resize(0, 0).unwrap();
     assert!(cause(&mut display).contains(InterruptCause::CONFIGURATION));
-    draw(&mut display, 7);
+    show(&mut display, 7);
     assert_eq!(display.reset(), Err(DevError::Unsupported));
     assert_eq!(display.flush(), Err(DevError::BadState));
     monitor.resize(80, 60).unwrap();
     display.reset().unwrap();
-    draw(&mut display, 8);
-    assert_shown(&board.image(0, 0).unwrap(), 80, 60, 8);
+    show(&mut display, 8);
+    assert!(board.image(0, 0).unwrap() == drawn(8, 80, 60));
 
     drop(display);
     let counters = board.memory().counters();
@@ -173,7 +149,7 @@ fn a_second_head_that_is_switched_on_leaves_the_first_alone() {
             Bus::Mmio => Box::new(on_mmio(&board)),
             _ => Box::new(on_pci(&board)),
         };
-        draw(display.as_mut(), 3);
+        show(display.as_mut(), 3);
         let _ = cause(display.as_mut());
         let mut monitor = board.monitor().unwrap();
         // What nobody draws on shows a message of QEMU's, in a size of QEMU's, whatever the monitor wants.
@@ -182,10 +158,10 @@ fn a_second_head_that_is_switched_on_leaves_the_first_alone() {
         for size in [(320, 200), (100, 30), (0, 0)] {
             monitor.resize(size.0, size.1).unwrap();
             assert!(cause(display.as_mut()).contains(InterruptCause::CONFIGURATION));
-            assert_shown(&board.image(0, 0).unwrap(), 64, 48, 3);
-            draw(display.as_mut(), 4);
-            assert_shown(&board.image(0, 0).unwrap(), 64, 48, 4);
-            draw(display.as_mut(), 3);
+            assert!(board.image(0, 0).unwrap() == drawn(3, 64, 48));
+            show(display.as_mut(), 4);
+            assert!(board.image(0, 0).unwrap() == drawn(4, 64, 48));
+            show(display.as_mut(), 3);
             assert_eq!(board.image(0, 1).unwrap(), message);
             // The driver keeps to the first head that is on.
             display.flush().unwrap();

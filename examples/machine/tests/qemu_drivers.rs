@@ -29,7 +29,9 @@ use machine::{MachineHal, Version};
 use smoltcp::iface::{Config, Interface, SocketSet};
 use smoltcp::socket::{dhcpv4, tcp, udp};
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr};
-use support::{Drivers, LONG, Scratch, much, patiently, pattern, skip, write_at_random};
+use support::{
+    Drivers, LONG, Scratch, draw, drawn, much, patiently, pattern, skip, write_at_random,
+};
 
 const VIRT: QemuMachine = QemuMachine::Aarch64Virt;
 const Q35: QemuMachine = QemuMachine::X86Q35;
@@ -269,22 +271,9 @@ fn what_is_drawn_is_what_qemu_shows() {
         let info = display.info();
         assert_eq!((info.width, info.height), (300, 200));
         for shade in [1, 99] {
-            let colour = |x: u32, y: u32| [(x * shade) as u8, (y * 3) as u8, (x ^ y) as u8];
-            let stride = display.capabilities().stride.unwrap_or(300 * 4);
-            let mut framebuffer = display.fb();
-            for (y, row) in (0..200).zip(framebuffer.as_bytes_mut().chunks_mut(stride)) {
-                for (x, pixel) in (0..300).zip(row.as_chunks_mut::<4>().0) {
-                    let [red, green, blue] = colour(x, y);
-                    *pixel = [blue, green, red, 0];
-                }
-            }
+            draw(display, shade);
             display.flush().unwrap();
-            let image = board.image(0, 0).unwrap();
-            assert_eq!((image.width, image.height), (300, 200));
-            for (x, y) in (0..300).flat_map(|x| (0..200).map(move |y| (x, y))) {
-                let [red, green, blue] = colour(x, y);
-                assert_eq!(image.pixel(x, y), Some([red, green, blue, 255]), "{x}, {y}");
-            }
+            assert!(board.image(0, 0).unwrap() == drawn(shade, 300, 200));
         }
     }
 }

@@ -26,7 +26,7 @@ use machine::vhost_user::{
     VhostUserTransport,
 };
 use machine::{Image, Installed, Machine, MachineHal, Memory};
-use support::{LONG, Scratch, patiently, skip};
+use support::{LONG, Scratch, draw, drawn, patiently, skip};
 
 type GpuDev = VirtIoGpuDev<MachineHal, VhostUserTransport>;
 
@@ -70,37 +70,6 @@ fn rig(options: VhostUserOptions, wait: WaitPolicy) -> Rig {
         program,
         memory,
         _installed: installed,
-    }
-}
-
-/// What `draw` leaves at a place.
-fn colour(shade: u32, x: u32, y: u32) -> [u8; 3] {
-    [(x * shade) as u8, (y * 3) as u8, (x ^ y) as u8]
-}
-
-fn draw(display: &mut GpuDev, shade: u32) {
-    let width = display.info().width;
-    let stride = display.capabilities().stride;
-    let stride = stride.unwrap_or(width as usize * 4);
-    let mut framebuffer = display.fb();
-    for (y, row) in (0..).zip(framebuffer.as_bytes_mut().chunks_exact_mut(stride)) {
-        for (x, pixel) in (0..width).zip(row.as_chunks_mut::<4>().0) {
-            let [red, green, blue] = colour(shade, x, y);
-            *pixel = [blue, green, red, 0];
-        }
-    }
-}
-
-fn drawn(shade: u32, width: u32, height: u32) -> Image {
-    let places = (0..height).flat_map(|y| (0..width).map(move |x| (x, y)));
-    let rgba = places.flat_map(|(x, y)| {
-        let [red, green, blue] = colour(shade, x, y);
-        [red, green, blue, 255]
-    });
-    Image {
-        width,
-        height,
-        rgba: rgba.collect(),
     }
 }
 

@@ -24,7 +24,7 @@ use axdriver_virtio::{
 };
 use machine::qemu::QemuBoard;
 use machine::registers::register_pointer;
-use machine::{MachineHal, Slot};
+use machine::{Image, MachineHal, Slot};
 
 /// Far longer than anything here takes.
 pub const LONG: Duration = Duration::from_secs(20);
@@ -242,4 +242,37 @@ pub fn much() -> u64 {
 pub fn configuration(board: &QemuBoard) -> MmioCam<'static> {
     // SAFETY: on a board, register addresses are numbers that its bus looks up; nothing is dereferenced.
     unsafe { MmioCam::new(register_pointer(board.ecam()), Cam::Ecam) }
+}
+
+/// The colour that [`draw`] gives a pixel: red, green, blue.
+fn colour(shade: u32, x: u32, y: u32) -> [u8; 3] {
+    [(x * shade) as u8, (y * 3 + shade) as u8, (x ^ y) as u8]
+}
+
+/// Draws a picture of which no two pixels in a row are alike. It is not flushed.
+pub fn draw(display: &mut dyn DisplayDriverOps, shade: u32) {
+    let info = display.info();
+    let stride = display.capabilities().stride;
+    let stride = stride.unwrap_or(info.width as usize * 4);
+    let mut framebuffer = display.fb();
+    for (y, row) in (0..info.height).zip(framebuffer.as_bytes_mut().chunks_mut(stride)) {
+        for (x, pixel) in (0..info.width).zip(row.as_chunks_mut::<4>().0) {
+            let [red, green, blue] = colour(shade, x, y);
+            *pixel = [blue, green, red, 0];
+        }
+    }
+}
+
+/// Returns what a display of this size then shows.
+pub fn drawn(shade: u32, width: u32, height: u32) -> Image {
+    let places = (0..height).flat_map(|y| (0..width).map(move |x| (x, y)));
+    let rgba = places.flat_map(|(x, y)| {
+        let [red, green, blue] = colour(shade, x, y);
+        [red, green, blue, 255]
+    });
+    Image {
+        width,
+        height,
+        rgba: rgba.collect(),
+    }
 }
