@@ -105,41 +105,12 @@ impl machine::Peer for TapPeer {
 }
 
 /// A clock whose going lets the devices do what they put off, and the hosts at the other ends of their cables too.
-#[derive(Debug, Clone)]
-pub struct MachineTime {
-    clock: SimulatedClock,
+struct MachineTime<T> {
+    clock: T,
     machine: Rc<Machine>,
 }
 
-impl MachineTime {
-    /// Joins a clock to a machine.
-    #[must_use]
-    pub fn new(machine: &Rc<Machine>, clock: &SimulatedClock) -> Self {
-        Self {
-            clock: clock.clone(),
-            machine: machine.clone(),
-        }
-    }
-}
-
-impl Time for MachineTime {
-    fn now(&self) -> Instant {
-        self.clock.now()
-    }
-
-    fn pass(&mut self, until: Option<Instant>) {
-        self.clock.advance(until);
-        self.machine.run();
-    }
-}
-
-/// The host's clock, as which a machine goes whose cables lead to the host.
-struct HostTime {
-    clock: HostClock,
-    machine: Rc<Machine>,
-}
-
-impl Time for HostTime {
+impl<T: Time> Time for MachineTime<T> {
     fn now(&self) -> Instant {
         self.clock.now()
     }
@@ -277,10 +248,11 @@ impl Board for Emulated {
     fn network_time(&self, _place: &Place) -> anyhow::Result<Box<dyn Time>> {
         let machine = self.machine.clone();
         Ok(if self.taps.is_empty() {
-            Box::new(MachineTime::new(&machine, &self.clock))
+            let clock = self.clock.clone();
+            Box::new(MachineTime { clock, machine })
         } else {
             let clock = HostClock;
-            Box::new(HostTime { clock, machine })
+            Box::new(MachineTime { clock, machine })
         })
     }
 

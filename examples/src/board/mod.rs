@@ -14,12 +14,9 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use embedded_graphics::pixelcolor::Rgb888;
 use machine::{Memory, Version, qemu::ImageFormat};
-use smoltcp::time::Instant;
+use smoltcp::time::{Duration, Instant};
 
-pub use self::{
-    emulated::MachineTime,
-    map::{Description, Found, Handle, Map, PciMap, Place, SocketDevice},
-};
+pub use self::map::{Description, Found, Handle, Map, PciMap, Place, SocketDevice};
 use crate::{image::Image, time::Time};
 
 /// The size of each disk of a board with everything, in bytes.
@@ -27,6 +24,9 @@ const DISK_SIZE: u64 = 16 << 20;
 
 /// The width and the height of each display of a board with everything.
 const RESOLUTION: (u32, u32) = (1280, 800);
+
+/// How long a device of another process may take to interrupt, where nobody sets a time.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A kind of board.
 #[derive(Debug, Clone, Copy, Default, Eq, PartialEq, clap::ValueEnum)]

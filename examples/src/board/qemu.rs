@@ -11,11 +11,11 @@ use machine::{
     Version,
     qemu::{Bus, Cable, Disk, Display, ImageFormat, Nic, QemuBoard, QemuMachine, QemuOptions},
 };
-use smoltcp::time::{Duration, Instant};
+use smoltcp::time::Instant;
 
 use super::{
-    Board, Device, FarEnd, Map, Medium, PciMap, Place, Plan, Transport, Work, image_format,
-    map::places, memory_complaints,
+    Board, Device, FarEnd, Map, Medium, PATIENCE, PciMap, Place, Plan, Transport, Work,
+    image_format, map::places, memory_complaints,
 };
 use crate::{
     image::Image,
@@ -26,9 +26,6 @@ use crate::{
 
 /// The longest wait for a frame from QEMU.
 const NAP: RealDuration = RealDuration::from_millis(1);
-
-/// How long a device may take to interrupt, where nobody sets a time.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A machine in QEMU.
 pub(super) struct Qemu {

@@ -9,10 +9,10 @@ use machine::{
     qemu::{Disk, ImageFormat},
     vhost_user::{DisplayProgram, Socket, StorageDaemon, VhostUserDevice},
 };
-use smoltcp::time::{Duration, Instant};
+use smoltcp::time::Instant;
 
 use super::{
-    Board, Device, Map, Medium, Place, Plan, SocketDevice, Transport, Work, image_format,
+    Board, Device, Map, Medium, PATIENCE, Place, Plan, SocketDevice, Transport, Work, image_format,
     memory_complaints,
 };
 use crate::{
@@ -20,9 +20,6 @@ use crate::{
     scratch::UnnamedFile,
     time::{HostClock, Time},
 };
-
-/// How long a device may take to interrupt, where nobody sets a time.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Returns what there are programs for.
 pub(super) fn everything(disk: Device, display: Device) -> Plan {

@@ -173,7 +173,8 @@ struct Common {
     doorbells: Doorbells,
     /// That of a display.
     monitor: Option<Arc<Monitor>>,
-    /// `None` while there is no connection that ever worked, and once the transport is dropped.
+    /// `None` while there is no connection that ever worked, between the reset of a display and its next start, and once the
+    /// transport is dropped.
     session: Mutex<Option<Arc<Session>>>,
 }
 
@@ -733,7 +734,7 @@ impl VhostUserHandle {
     /// # Errors
     ///
     /// [`VhostUserError::Disconnected`], [`VhostUserError::Silent`] or [`VhostUserError::Protocol`]: it has. The first also
-    /// after the transport was dropped.
+    /// between the reset of a display and its next start, and after the transport was dropped.
     pub fn check(&self) -> Result<(), VhostUserError> {
         match self.common.loss() {
             None => Ok(()),
